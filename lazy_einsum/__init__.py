@@ -1,0 +1,1 @@
+"""Optimized einsums for PyTorch modules."""

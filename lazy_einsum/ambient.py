@@ -1,0 +1,169 @@
+"""What a call depends on beside its arguments and its module: torch's modes. Every private function of torch that reads such state is used here only.
+
+``bypass`` says when a call belongs to somebody else's trace or mode and must run the module as it is; ``ambient`` is the part of the key for all other calls.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import random
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils._device import DeviceContext
+
+from .signature import TensorType
+
+# There is no public way to ask how many modes are active (torch.overrides and torch.utils._python_dispatch keep their stacks in C++). These two cost 45 ns each.
+function_modes: Callable[[], int] = torch._C._len_torch_function_stack
+dispatch_modes: Callable[[], int] = torch._C._len_torch_dispatch_stack
+# torch.is_autocast_enabled(device_type) is public, but asks for one kind of device at a time (127 ns each); this one asks for all of them.
+any_autocast: Callable[[], bool] = torch._C._is_any_autocast_enabled
+
+
+def bypass() -> str | None:
+    """Why this call must not be specialized here, or ``None``: it is being traced, compiled or transformed by somebody else."""
+    if torch.compiler.is_compiling():
+        return "torch.compile or torch.export is tracing"
+    if torch._C._get_tracing_state() is not None:
+        return "torch.jit.trace is tracing"
+    if dispatch_modes():
+        return "a TorchDispatchMode is active"
+    if in_functorch():
+        return "a torch.func transform is active"
+    if function_modes() and not all(type(mode) is DeviceContext for mode in _get_current_function_mode_stack()):
+        return "a TorchFunctionMode is active"
+    return None
+
+
+GLOBAL_HOOKS = (
+    torch.nn.modules.module._global_forward_hooks,
+    torch.nn.modules.module._global_forward_pre_hooks,
+    torch.nn.modules.module._global_backward_hooks,
+    torch.nn.modules.module._global_backward_pre_hooks,
+)
+# One of torch's dictionaries each, changed in place by torch.nn.modules.module.register_module_*_hook, which are public; that any are registered is not.
+
+
+def global_module_hooks() -> bool:
+    """Whether hooks are registered that fire at the call of any module."""
+    return any(GLOBAL_HOOKS)
+
+
+def in_functorch() -> bool:
+    """Whether a ``torch.func`` transform is running. (No public query exists.)"""
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def saved_tensor_hooks() -> object:
+    """The innermost pair of saved-tensor hooks, or ``None``; ``torch.utils.checkpoint`` and ``save_on_cpu`` install such. (No public query exists.)"""
+    return torch._C._autograd._top_saved_tensors_default_hooks(True)
+
+
+def autocast_state() -> tuple[tuple[str, str], ...]:
+    """The kinds of device with autocast on, each with its dtype."""
+    if not any_autocast():
+        return ()
+    kinds = ("cpu", "cuda", "xpu", "mps", "hpu")
+    return tuple((kind, str(torch.get_autocast_dtype(kind))) for kind in kinds if _autocast_on(kind))
+
+
+def _autocast_on(kind: str) -> bool:
+    try:
+        return torch.is_autocast_enabled(kind)
+    except RuntimeError:  # a build of torch without this kind of device
+        return False
+
+
+def ambient() -> tuple[tuple[str, Any], ...]:
+    """The modes that a trace may depend on, by name. Everything in it is hashable and holds no tensor.
+
+    >>> dict(ambient())["grad"]
+    True
+    """
+    devices: tuple[str, ...] = ()
+    if function_modes():
+        devices = tuple(str(mode.device) for mode in _get_current_function_mode_stack() if type(mode) is DeviceContext)
+    return (
+        ("grad", torch.is_grad_enabled()),
+        ("inference", torch.is_inference_mode_enabled()),
+        ("autocast", autocast_state()),
+        ("default_dtype", str(torch.get_default_dtype())),
+        ("default_device", devices),
+    )
+
+
+def inner_state() -> tuple[object, ...]:
+    """What ``forward`` may not change around single operations: compared at each of them while tracing. The grad mode, which may change, is not part of it."""
+    return (torch.is_inference_mode_enabled(), any_autocast() and autocast_state(), torch.get_default_dtype(), saved_tensor_hooks(), in_functorch())
+
+
+class RandomState:
+    """The state of the random generators of torch (CPU), Python and NumPy, to find out whether code drew from them or seeded them."""
+
+    def __init__(self) -> None:
+        self._torch = torch.default_generator.get_state()
+        self._bytes = _bytes(self._torch)
+        self._python = random.getstate()
+        numpy = sys.modules.get("numpy")
+        self._numpy = numpy.random.get_state(legacy=True) if numpy is not None else None
+
+    def restore(self) -> str | None:
+        """Put everything back; the name of the generator that had changed, or ``None``."""
+        changed = None
+        if not self.same_torch():
+            torch.default_generator.set_state(self._torch)
+            changed = "torch's random generator"
+        if random.getstate() != self._python:
+            random.setstate(self._python)
+            changed = "Python's random generator"
+        if self._numpy is not None:
+            numpy = sys.modules["numpy"]
+            now = numpy.random.get_state(legacy=True)
+            if now[0] != self._numpy[0] or now[2:] != self._numpy[2:] or not (now[1] == self._numpy[1]).all():
+                numpy.random.set_state(self._numpy)
+                changed = "NumPy's random generator"
+        return changed
+
+    def same_torch(self) -> bool:
+        """Whether torch's generator is as it was."""
+        return _bytes(torch.default_generator.get_state()) == self._bytes
+
+
+def _bytes(state: torch.Tensor) -> bytes:
+    # Not torch.equal: this is asked below modes that would see the operation, or take the tensor for a fake.
+    return ctypes.string_at(state.data_ptr(), state.numel())
+
+
+def tensor_check(types: Sequence[TensorType]) -> Callable[..., bool]:
+    """A function of ``len(types)`` objects that says whether each is a tensor of its type and no two are the same object.
+
+    It uses torch's own C++ check (the one behind ``torch.compile``), which is private: 0.06 us a tensor, where comparing shape, dtype, device, strides and
+    ``requires_grad`` from Python, the public way, takes 0.25 us. The check covers the dispatch keys too, so it fails under autocast, inference mode and
+    ``torch.func`` where the types were made outside of them.
+    """
+    from torch._C._dynamo.guards import TensorGuards
+
+    examples = [_example(known) for known in types]
+    # Strides of dimensions of size 1, and of empty tensors, mean nothing and are left open; so TensorType leaves them out.
+    strides = [
+        [None if size == 1 or known.numel == 0 else step for size, step in zip(known.shape, known.stride, strict=True)] for known in types
+    ]
+    guards = TensorGuards(*examples, dynamic_dims_sizes=[list(known.shape) for known in types], dynamic_dims_strides=strides)
+    check: Callable[..., bool] = guards.check
+    return check
+
+
+def _example(known: TensorType) -> torch.Tensor:
+    with torch.inference_mode(known.is_inference):
+        example = torch.empty((), dtype=known.dtype, device=known.device)
+        if known.is_conj:
+            example = example.conj()
+        if known.is_neg:
+            example = torch._neg_view(example)
+        if known.is_parameter:
+            return torch.nn.Parameter(example, requires_grad=known.requires_grad)
+        return example.requires_grad_(known.requires_grad)

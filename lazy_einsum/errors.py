@@ -1,0 +1,35 @@
+"""The tree of errors and warnings."""
+
+from __future__ import annotations
+
+
+class LazyEinsumError(RuntimeError):
+    """Root of all errors raised by lazy_einsum (a ``RuntimeError``, as what ``torch.einsum`` raises)."""
+
+
+class EquationError(LazyEinsumError, ValueError):
+    """An einsum equation is malformed, or does not fit the shapes of its operands."""
+
+
+class UntraceableError(LazyEinsumError):
+    """A call of a module can't be represented as a graph; the message names the reason and the user's line."""
+
+
+class MemoryLimitError(LazyEinsumError):
+    """No contraction order of an einsum stays below the memory limit."""
+
+
+class PlanFileError(LazyEinsumError):
+    """A file of saved plans is malformed."""
+
+
+class LazyEinsumWarning(UserWarning):
+    """Root of all warnings of lazy_einsum."""
+
+
+class FallbackWarning(LazyEinsumWarning):
+    """A module, or a part of it, runs as it is because it could not be traced."""
+
+
+class CacheThrashWarning(LazyEinsumWarning):
+    """Specializations are evicted as fast as they are built."""

@@ -1,0 +1,266 @@
+"""How an einsum sits in an ``fx.Graph``: reading and writing it, and the facts on every node that passes rely on.
+
+A graph between passes is ordinary runnable torch code. What a pass must know beside the code is in one immutable ``Facts`` per node: the value's type, the
+memory it lies in, the memory the node writes, and the mode it runs in. Graphs that nobody stamped (plain ``fx.symbolic_trace``) have no facts; ``writes`` then
+answers from the names of the operations, and assumes that a write reaches everything.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import fx
+
+from .errors import EquationError
+from .signature import TensorType, contiguous_strides
+from .spec import EinsumSpec
+
+EINSUM_TARGETS = frozenset({torch.einsum, torch.functional.einsum})
+"""What a plain einsum call has as its target."""
+
+MAX_LABELS = 52
+"""``torch.einsum`` takes the letters a-z and A-Z only."""
+
+EVERYTHING = -1
+"""As a storage number: this may be any memory."""
+
+_INPLACE_OPERATORS = frozenset(
+    getattr(operator, name)
+    for name in "iadd isub imul imatmul itruediv ifloordiv imod ipow iand ior ixor ilshift irshift setitem delitem".split()
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """What is known of a node beside its code.
+
+    Attributes:
+        type: the value's type; ``None`` where the value is not one tensor.
+        storage: number of the memory that the value lies in, ``None`` where the value is not one tensor. Values with different numbers do not overlap.
+        writes: storages that running the node writes.
+        grad: whether it runs with grad mode on.
+        movable: whether it runs in the graph's own ambient state apart from the grad mode, so that it may be computed elsewhere in the graph.
+        where: ``file:line`` of the user's code that it comes from, where known.
+    """
+
+    type: TensorType | None = None
+    storage: int | None = None
+    writes: tuple[int, ...] = ()
+    grad: bool = True
+    movable: bool = True
+    where: str = ""
+
+
+def facts(node: fx.Node) -> Facts | None:
+    """The facts stamped on ``node``, or ``None``."""
+    found = node.meta.get("lazy_einsum")
+    assert found is None or isinstance(found, Facts)
+    return found
+
+
+def stamp(node: fx.Node, known: Facts) -> fx.Node:
+    """Put ``known`` on ``node``; return the node."""
+    node.meta["lazy_einsum"] = known
+    return node
+
+
+def type_of(node: Any) -> TensorType | None:
+    """The type of the tensor that ``node`` gives, or ``None`` where it is unknown or not one tensor."""
+    known = facts(node) if isinstance(node, fx.Node) else None
+    return known.type if known else None
+
+
+def empty_like(graph: fx.Graph) -> fx.Graph:
+    """A graph without nodes that is otherwise made as ``graph`` is."""
+    new = fx.Graph(tracer_cls=graph._tracer_cls)
+    new.set_codegen(graph._codegen)
+    return new
+
+
+def copy_graph(graph: fx.Graph) -> fx.Graph:
+    """A copy of ``graph`` with its facts, so that a pass can leave its argument untouched."""
+    new = empty_like(graph)
+    values: dict[fx.Node, fx.Node] = {}
+    for node in graph.nodes:
+        values[node] = new.node_copy(node, values.__getitem__)
+    return new
+
+
+def fresh_storage(graph: fx.Graph) -> int:
+    """A storage number that no node of ``graph`` has."""
+    return 1 + max((known.storage for node in graph.nodes if (known := facts(node)) and known.storage is not None), default=-1)
+
+
+def fresh_type(operand: TensorType) -> TensorType:
+    """The type of a new tensor that an elementwise call makes of ``operand``: dense, its dimensions in memory in the same order."""
+    stride = [0] * len(operand.shape)
+    step = 1
+    for dim in sorted(range(len(operand.shape)), key=lambda dim: (operand.stride[dim], -dim)):
+        stride[dim] = step
+        step *= max(operand.shape[dim], 1)
+    dense = all(size <= 1 or stride[dim] == operand.stride[dim] for dim, size in enumerate(operand.shape))
+    return replace(
+        operand,
+        stride=operand.stride if dense else normal_strides(operand.shape, stride),
+        is_leaf=not operand.requires_grad,
+        is_parameter=False,
+        is_conj=False,
+        is_neg=False,
+    )
+
+
+def normal_strides(shape: Sequence[int], stride: Sequence[int]) -> tuple[int, ...]:
+    """``stride`` as ``TensorType`` has it: the canonical strides where a tensor of these strides is contiguous."""
+    canonical = contiguous_strides(shape)
+    if 0 in shape or all(size == 1 or a == b for size, a, b in zip(shape, stride, canonical, strict=True)):
+        return canonical
+    return tuple(stride)
+
+
+def writes(node: fx.Node) -> tuple[int, ...]:
+    """Storages that running ``node`` may write; ``(EVERYTHING,)`` where that is unknown. Empty for a pure operation."""
+    known = facts(node)
+    if known is not None:
+        return known.writes
+    if node.op == "call_function":
+        name = getattr(node.target, "__name__", "")
+        inplace = node.target in _INPLACE_OPERATORS or "out" in node.kwargs or node.kwargs.get("inplace") is True
+        inplace = inplace or (name.endswith("_") and not name.endswith("__"))
+    elif node.op == "call_method":
+        name = str(node.target)
+        inplace = (name.endswith("_") and not name.endswith("__")) or name in ("__setitem__", "__delitem__") or name.startswith("__i")
+    else:
+        inplace = node.op == "call_module"
+    return (EVERYTHING,) if inplace else ()
+
+
+def may_move(reads: Iterable[fx.Node], start: fx.Node, end: fx.Node) -> bool:
+    """Whether an operation at ``start`` that reads the values ``reads`` gives the same when it runs just before ``end``, a later node of the same graph.
+
+    It does unless something between the two writes memory that it reads.
+    """
+    read = [facts(node) for node in reads]
+    storages = {known.storage if known and known.storage is not None else EVERYTHING for known in read}
+    node = start.next
+    while node is not end:
+        written = writes(node)
+        if written and (EVERYTHING in written or EVERYTHING in storages or not storages.isdisjoint(written)):
+            return False
+        node = node.next
+    return True
+
+
+def same_mode(first: fx.Node, second: fx.Node) -> bool:
+    """Whether both nodes run in one ambient state (grad mode, autocast), so that the work of one may be done at the other."""
+    a, b = facts(first), facts(second)
+    if a is None or b is None:
+        # Unstamped graphs: a switch of grad mode leaves no trace in plain fx, so there is nothing to tell regions apart by.
+        return True
+    return a.movable and b.movable and a.grad == b.grad
+
+
+def uses(node: fx.Node) -> int:
+    """How often ``node`` is used, counting each place in a user's arguments. (``node.users`` counts users, so ``einsum(z, z)`` once.)"""
+    count = 0
+
+    def visit(argument: fx.Node) -> fx.Node:
+        nonlocal count
+        count += argument is node
+        return argument
+
+    for user in node.users:
+        fx.node.map_arg((user.args, user.kwargs), visit)
+    return count
+
+
+def erase_if_unused(nodes: Iterable[fx.Node]) -> None:
+    """Erase those of ``nodes`` (last first) that nothing uses. Only for nodes that the caller has consumed: a node without users may be there for its writes."""
+    for node in nodes:
+        if not node.users and not writes(node):
+            node.graph.erase_node(node)
+
+
+def is_einsum(node: Any) -> bool:
+    """Whether ``node`` is a call of ``torch.einsum``."""
+    return isinstance(node, fx.Node) and node.op == "call_function" and node.target in EINSUM_TARGETS
+
+
+def read_einsum(node: fx.Node) -> tuple[EinsumSpec, tuple[fx.Node, ...]] | None:
+    """The spec and operands of an einsum node, in whatever form it was written; ``None`` where ``node`` is no einsum or can't be read.
+
+    It can't be read where an operand is no node, or an ellipsis meets an operand of unknown rank.
+
+    Raises:
+        EquationError: the equation is malformed or does not fit its operands.
+    """
+    if not is_einsum(node) or node.kwargs:
+        return None
+    first, *rest = node.args
+    if isinstance(first, str):
+        operands: Sequence[Any] = rest[0] if len(rest) == 1 and isinstance(rest[0], (list, tuple)) else rest
+        if not all(isinstance(operand, fx.Node) for operand in operands):
+            return None
+        types = [type_of(operand) for operand in operands]
+        if "..." in first and None in types:
+            return None
+        terms = first.replace(" ", "").split("->")[0].split(",")
+        if len(terms) != len(operands):
+            raise EquationError(f"einsum {first!r} has {len(terms)} terms, but {len(operands)} operands are given; give one operand for each term")
+        ranks = [len(known.shape) if known else len(term) for known, term in zip(types, terms, strict=True)]
+        return EinsumSpec.parse(first, ranks), tuple(operands)
+    operands, sublists = node.args[0::2], node.args[1::2]
+    output = None
+    if len(node.args) % 2:
+        operands, output = operands[:-1], node.args[-1]
+    if not all(isinstance(operand, fx.Node) for operand in operands):
+        return None
+    types = [type_of(operand) for operand in operands]
+    if any(known is None and Ellipsis in sublist for known, sublist in zip(types, sublists, strict=True)):  # type: ignore[operator]
+        return None
+    ranks = [len(known.shape) if known else len(sublist) for known, sublist in zip(types, sublists, strict=True)]  # type: ignore[arg-type]
+    return EinsumSpec.from_sublists(sublists, output, ranks), tuple(operands)  # type: ignore[arg-type]
+
+
+def write_einsum(graph: fx.Graph, spec: EinsumSpec, operands: Sequence[fx.Node], like: fx.Node | None = None, storage: int | None = None) -> fx.Node:
+    """Insert a canonical einsum at the graph's insertion point, stamped with the facts that follow from its operands'.
+
+    Args:
+        graph: where to write.
+        spec: at most 52 labels.
+        operands: one node for each term, all of one dtype.
+        like: the node whose work this does (in whole or in part); ``grad``, ``movable`` and ``where`` are taken from it.
+        storage: number for the memory of the result, if that is not a view; one that no node of the graph has where not given.
+    """
+    spec = spec.canonical()
+    node = graph.call_function(torch.einsum, (str(spec), *operands))
+    known = [facts(operand) for operand in operands]
+    base = facts(like) if like is not None else None
+    types = [k.type for k in known if k is not None and k.type is not None]
+    if len(types) != len(operands):
+        # Where the graph has facts, a node without a type may be any tensor.
+        return stamp(node, replace(base, type=None, storage=EVERYTHING, writes=())) if base else node
+    base = base or Facts()
+    shape = spec.output_shape([t.shape for t in types])
+    requires_grad = base.grad and any(t.requires_grad for t in types)
+    result = TensorType(tuple(shape), types[0].dtype, types[0].device, contiguous_strides(shape), requires_grad, is_leaf=not requires_grad)
+    if spec.is_view_only:
+        assert known[0] is not None
+        (term,) = spec.inputs
+        step = dict.fromkeys(term, 0)
+        for label, stride in zip(term, types[0].stride, strict=True):
+            step[label] += stride
+        strides = normal_strides(shape, [step[label] for label in spec.output])
+        view = replace(result, stride=strides, is_conj=types[0].is_conj, is_neg=types[0].is_neg)
+        return stamp(node, replace(base, type=view, storage=known[0].storage, writes=()))
+    return stamp(node, replace(base, type=result, storage=fresh_storage(graph) if storage is None else storage, writes=()))
+
+
+def tensor_nodes(value: Any) -> Iterator[fx.Node]:
+    """The nodes in nested arguments, in order, with repetitions."""
+    found: list[fx.Node] = []
+    fx.node.map_arg(value, lambda node: found.append(node) or node)  # type: ignore[func-returns-value]
+    yield from found

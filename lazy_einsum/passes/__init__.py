@@ -1,0 +1,42 @@
+"""The passes in order. Each is ``(graph) -> graph``: a new graph, the argument untouched, nothing to do the second time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import fx
+
+from .canonicalize import canonicalize
+from .choose_paths import choose_paths
+from .fuse_einsums import fuse_einsums
+from .fuse_scalars import fuse_scalars
+from .place_scalars import place_scalars
+
+Pass = Callable[[fx.Graph], fx.Graph]
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What the passes may be told.
+
+    Attributes:
+        optimize: the search for contraction orders, see ``make_plan``.
+        memory_limit: bytes that no intermediate of a contraction may exceed.
+        reassociate: ``None`` changes the order of operations where range and exactness allow it, ``True`` in float16 as well, ``False`` only within one einsum.
+    """
+
+    optimize: object = "auto"
+    memory_limit: int | None = None
+    reassociate: bool | None = None
+
+
+PASSES: tuple[tuple[str, Callable[[Options], Pass]], ...] = (
+    ("canonicalize", lambda options: canonicalize()),
+    ("fuse_scalars", lambda options: fuse_scalars(options.reassociate)),
+    ("fuse_einsums", lambda options: fuse_einsums(options.reassociate)),
+    ("choose_paths", lambda options: choose_paths(options.optimize, options.memory_limit)),
+    ("place_scalars", lambda options: place_scalars(options.reassociate)),
+)
+
+__all__ = ["PASSES", "Options", "Pass", "canonicalize", "choose_paths", "fuse_einsums", "fuse_scalars", "place_scalars"]

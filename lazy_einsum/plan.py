@@ -1,0 +1,891 @@
+"""``make_plan``: in which order an einsum contracts its operands, pair by pair. The only user of opt_einsum; no tensors here.
+
+A network is normalised first, as no path finder does it itself: diagonals are taken, labels of size 1 and labels that
+only one operand has are dropped. Then labels are bits, an operand is an integer, and every strategy has one shape:
+``(terms, output, sizes) -> path``.
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+import random
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import opt_einsum
+from opt_einsum.paths import get_path_fn
+
+from .cost import flop_count, pair_seconds
+from .errors import LazyEinsumError, MemoryLimitError
+from .spec import EinsumSpec
+
+Path = tuple[tuple[int, ...], ...]
+"""Steps of a contraction: positions of the operands that each consumes."""
+
+Optimize = Any
+"""A strategy's name, a ``PathOptimizer``, a callable ``(inputs, output, sizes, memory_limit) -> path``, or a path."""
+
+# Up to this many operands every pairwise order is tried, outer products included: 301 pairs of subsets at 6.
+_EXHAUSTIVE = 6
+# Operands of the subtrees that are optimized again after a greedy search.
+_SUBTREE = 8
+_SEEDS = 24
+
+
+@dataclass(frozen=True, slots=True)
+class Contraction:
+    """One step of a plan: an einsum of one or two operands.
+
+    Attributes:
+        operands: which values it consumes: the plan's operands are numbered from 0, the results of its steps follow.
+        spec: what it computes.
+        shapes: shapes of what it consumes.
+        shape: shape of its result.
+        flops: its operations, as opt_einsum counts them.
+    """
+
+    operands: tuple[int, ...]
+    spec: EinsumSpec
+    shapes: tuple[tuple[int, ...], ...]
+    shape: tuple[int, ...]
+    flops: int
+
+    @property
+    def size(self) -> int:
+        """Number of elements of the result."""
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """A pairwise order for an einsum of given shapes. ``str(plan)`` is a table.
+
+    Attributes:
+        spec: the whole einsum.
+        shapes: shapes of its operands.
+        steps: contractions in order; the last one gives the result. None has more than two operands.
+        flops: operations of all steps.
+        naive_flops: operations of one loop over all labels.
+        seconds: what the cost model expects.
+        largest_intermediate: elements of the largest result of a step, the last one included.
+        optimizer: name of the strategy that found the order.
+    """
+
+    spec: EinsumSpec
+    shapes: tuple[tuple[int, ...], ...]
+    steps: tuple[Contraction, ...]
+    flops: int
+    naive_flops: int
+    seconds: float
+    largest_intermediate: int
+    optimizer: str
+
+    @property
+    def ssa_path(self) -> Path:
+        """What each step consumes, every value keeping its number."""
+        return tuple(step.operands for step in self.steps)
+
+    @property
+    def path(self) -> Path:
+        """The same as opt_einsum has it: positions in a list from which consumed operands are removed."""
+        alive = list(range(len(self.shapes)))
+        path = []
+        for number, step in enumerate(self.steps):
+            places = tuple(sorted(alive.index(operand) for operand in step.operands))
+            for place in reversed(places):
+                del alive[place]
+            alive.append(len(self.shapes) + number)
+            path.append(places)
+        return tuple(path)
+
+    def __str__(self) -> str:
+        gain = self.naive_flops / max(self.flops, 1)
+        lines = [
+            _shorten(f"einsum {self.spec}", 100),
+            f"{len(self.shapes)} operands, order by {self.optimizer}: {_si(self.flops)} flops, "
+            f"naive {_si(self.naive_flops)} ({gain:.3g}x), largest intermediate {_si(self.largest_intermediate)}",
+            f"{'step':>4}  {'operands':<11} {'einsum':<48} {'result':<22} {'flops':>8}",
+        ]
+        for number, step in enumerate(self.steps):
+            shape = _shorten("x".join(map(str, step.shape)) or "scalar", 22)
+            operands = ", ".join(f"{operand}" for operand in step.operands)
+            text = _shorten(str(step.spec), 48)
+            lines.append(f"{number + len(self.shapes):>4}  {operands:<11} {text:<48} {shape:<22} {_si(step.flops):>8}")
+        return "\n".join(lines)
+
+
+def make_plan(
+    spec: EinsumSpec,
+    shapes: Sequence[Sequence[int]],
+    optimize: Optimize = "auto",
+    memory_limit: int | str | None = None,
+    generic: bool = False,
+) -> Plan:
+    """Choose the order of an einsum for these shapes.
+
+    Args:
+        spec: the einsum.
+        shapes: shape of each operand.
+        optimize: ``"auto"`` is ours: the best by the cost model of several searches, exhaustive for few operands, and
+            bounded in steps, never in seconds, so that each process finds the same. Anything that
+            ``opt_einsum.contract_path`` takes is used as given, on the normalised network (without labels of size 1
+            and labels that only one operand has); steps of more than two operands are split.
+        memory_limit: elements that no intermediate (the result apart) may exceed; ``"max_input"`` and
+            ``"max_output"`` stand for the largest operand and for the result.
+        generic: the steps hold for any sizes that the einsum takes, not only for ``shapes``: no label is dropped for
+            having size 1.
+
+    Raises:
+        EquationError: the shapes do not fit.
+        MemoryLimitError: no order was found that stays below the limit.
+        LazyEinsumError: ``optimize`` is unknown, or what it gave is not a path.
+
+    >>> spec = EinsumSpec(("zij", "zjk", "zk"), "zi")
+    >>> make_plan(spec, [(1000, 8, 4), (1000, 4, 5), (1000, 5)]).ssa_path
+    ((1, 2), (0, 3))
+    """
+    fixed = tuple(tuple(map(int, shape)) for shape in shapes)
+    if isinstance(optimize, (str, bool)):
+        return _cached_plan(spec, fixed, optimize, memory_limit, generic)
+    if not callable(optimize):
+        return _cached_plan(spec, fixed, tuple(tuple(map(int, step)) for step in optimize), memory_limit, generic)
+    # A callable may read anything, and an optimizer may learn between calls: what they return is not kept.
+    return _plan(spec, fixed, optimize, memory_limit, generic)
+
+
+@lru_cache(maxsize=1024)
+def _cached_plan(
+    spec: EinsumSpec, shapes: tuple[tuple[int, ...], ...], optimize: Optimize, limit: int | str | None, generic: bool
+) -> Plan:
+    return _plan(spec, shapes, optimize, limit, generic)
+
+
+def _plan(
+    spec: EinsumSpec,
+    shapes: tuple[tuple[int, ...], ...],
+    optimize: Optimize,
+    memory_limit: int | str | None,
+    generic: bool,
+) -> Plan:
+    sizes = spec.sizes(shapes)
+    network = _Network.of(spec, shapes, sizes, generic)
+    limit = _limit(memory_limit, spec, shapes, sizes)
+    if len(shapes) == 1:
+        name, path = "none", ()
+    elif optimize == "auto" or optimize is True:
+        name, path = _search(network, limit)
+    else:
+        name, path = _foreign(network, optimize, limit)
+    steps = _steps(spec, shapes, sizes, path, generic)
+    largest = max((step.size for step in steps[:-1]), default=0)
+    if largest > limit:
+        raise MemoryLimitError(
+            f"einsum {spec}: the order by {name} has an intermediate of {largest} elements, expected at most "
+            f"{int(limit)}; raise memory_limit" + ("" if optimize == "auto" else " or use optimize='auto'")
+        )
+    return Plan(
+        spec,
+        shapes,
+        steps,
+        sum(step.flops for step in steps),
+        flop_count(math.prod(sizes.values()), len(shapes), bool(spec.summed)),
+        network.seconds(path),
+        max(step.size for step in steps),
+        name,
+    )
+
+
+def _limit(memory_limit: int | str | None, spec: EinsumSpec, shapes: Sequence[Sequence[int]], sizes: dict[str, int]) -> float:
+    if memory_limit is None or memory_limit == -1:
+        return math.inf
+    if memory_limit == "max_input":
+        return max(map(math.prod, shapes))
+    if memory_limit == "max_output":
+        return math.prod(sizes[label] for label in spec.output)
+    if isinstance(memory_limit, str):
+        raise LazyEinsumError(f"memory_limit {memory_limit!r}; expected a number of elements, 'max_input', 'max_output' or None")
+    return memory_limit
+
+
+# --- from a path to steps ---------------------------------------------------------------------------------------------
+
+
+def _steps(
+    spec: EinsumSpec, shapes: tuple[tuple[int, ...], ...], sizes: dict[str, int], path: Path, generic: bool
+) -> tuple[Contraction, ...]:
+    """The contractions of a path of pairs. An intermediate has the labels that are needed later, except that one of size
+    1 is dropped where another operand or nobody has more of it (not in generic mode)."""
+    if not path:
+        return (_contraction((0,), spec, shapes, generic),)
+    values = list(zip(spec.inputs, shapes, strict=True))
+    users: dict[str, int] = dict.fromkeys(spec.output, 1)
+    for term in spec.inputs:
+        for label in set(term):
+            users[label] = users.get(label, 0) + 1
+    steps = []
+    for number, (left, right) in enumerate(path):
+        (a, a_shape), (b, b_shape) = values[left], values[right]
+        for term in (a, b):
+            for label in set(term):
+                users[label] -= 1
+        if number == len(path) - 1:
+            output = spec.output
+        else:
+            here = dict(zip(a, a_shape, strict=True))
+            for label, size in zip(b, b_shape, strict=True):
+                here[label] = max(here.get(label, 1), size) if size else 0
+            kept = [
+                label
+                for label in dict.fromkeys(a + b)
+                if users[label] and (generic or here[label] != 1 or (sizes[label] == 1 and label in spec.output))
+            ]
+            # The order that a batched matrix product gives, so that plain torch.einsum does not have to permute either.
+            kept.sort(key=lambda label: 0 if label in a and label in b else 1 if label in a else 2)
+            output = "".join(kept)
+        step = _contraction((left, right), EinsumSpec((a, b), output), (a_shape, b_shape), generic)
+        for label in output:
+            users[label] += 1
+        values.append((output, step.shape))
+        steps.append(step)
+    return tuple(steps)
+
+
+def _contraction(
+    operands: tuple[int, ...], spec: EinsumSpec, shapes: tuple[tuple[int, ...], ...], generic: bool
+) -> Contraction:
+    sizes = spec.sizes(shapes)
+    flops = 0
+    terms = []
+    for term, shape in zip(spec.inputs, shapes, strict=True):
+        own = {label: size for label, size in zip(term, shape, strict=True) if size != 1}
+        others = spec.output + "".join(other for other in spec.inputs if other is not term)
+        alone = [label for label in own if label not in others]
+        if alone:
+            flops += math.prod(own.values())
+        terms.append(set(own) - set(alone))
+    if len(terms) == 2:
+        elements = math.prod(sizes[label] for label in terms[0] | terms[1])
+        flops += flop_count(elements, 2, bool((terms[0] & terms[1]) - set(spec.output)))
+    return Contraction(operands, spec, shapes, tuple(sizes[label] for label in spec.output), flops)
+
+
+# --- the normalised network -------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class _Network:
+    """An einsum as path finders see it: labels are bits; each term is a set of them.
+
+    Attributes:
+        terms: labels of each operand, without those of size 1 there and those that no other operand and not the result
+            has.
+        output: labels of the result.
+        labels: the label of each bit.
+        sizes: its size.
+        memo: product of sizes of sets that were asked for.
+    """
+
+    terms: tuple[int, ...]
+    output: int
+    labels: str
+    sizes: tuple[int, ...]
+    memo: dict[int, int]
+
+    @classmethod
+    def of(
+        cls, spec: EinsumSpec, shapes: Sequence[Sequence[int]], sizes: dict[str, int], generic: bool
+    ) -> _Network:
+        labels = "".join(label for label, size in sizes.items() if size != 1 or generic)
+        bits = {label: 1 << number for number, label in enumerate(labels)}
+        output = sum(bits.get(label, 0) for label in spec.output)
+        once, more, raw = 0, output, []
+        for term, shape in zip(spec.inputs, shapes, strict=True):
+            mask = 0
+            for label, size in zip(term, shape, strict=True):
+                if size != 1 or generic:
+                    mask |= bits[label]
+            raw.append(mask)
+            more |= once & mask
+            once |= mask
+        sizes_of = tuple(sizes[label] for label in labels)
+        memo = {0: 1} | {1 << number: size for number, size in enumerate(sizes_of)}
+        return cls(tuple(mask & more for mask in raw), output & once, labels, sizes_of, memo)
+
+    def size(self, mask: int) -> int:
+        """Number of elements of a tensor with these labels."""
+        known = self.memo.get(mask)
+        if known is None:
+            low = mask & -mask
+            known = self.memo[mask] = self.memo[low] * self.size(mask ^ low) if mask else 1
+        return known
+
+    def pair(self, a: int, b: int, result: int) -> float:
+        """Seconds of a contraction of the terms ``a`` and ``b`` to ``result``."""
+        size, common = self.size, a & b
+        return pair_seconds(size(common & result), size(a & ~common), size(b & ~common), size(common & ~result))
+
+    def results(self, path: Path) -> Iterator[tuple[int, int, int]]:
+        """For each step of a path of pairs: its two terms and its result."""
+        values = list(self.terms)
+        seen = _Count(self.terms, self.output)
+        for left, right in path:
+            a, b = values[left], values[right]
+            result = seen.contract(a, b)
+            values.append(result)
+            yield a, b, result
+
+    def seconds(self, path: Path) -> float:
+        """What the cost model expects of a path of pairs."""
+        return sum(self.pair(*step) for step in self.results(path))
+
+    def largest(self, path: Path) -> int:
+        """Elements of the largest intermediate, the result apart."""
+        return max((self.size(result) for _, _, result in list(self.results(path))[:-1]), default=0)
+
+    def with_terms(self, terms: Sequence[int], output: int) -> _Network:
+        """Another network of the same labels."""
+        return _Network(tuple(terms), output, self.labels, self.sizes, self.memo)
+
+
+class _Count:
+    """How many of the remaining tensors have a label, the result among them: so much that it tells what may be summed."""
+
+    __slots__ = ("count", "last")
+
+    def __init__(self, terms: Sequence[int], output: int) -> None:
+        count: dict[int, int] = {}
+        for mask in (*terms, output):
+            for bit in _bits(mask):
+                count[bit] = count.get(bit, 0) + 1
+        self.count = count
+        #: Labels that exactly two tensors have: contracting those two sums them.
+        self.last = sum(bit for bit, number in count.items() if number == 2)
+
+    def peek(self, a: int, b: int) -> int:
+        """Labels of the contraction of ``a`` and ``b``. A label of the result counts once more, so it is never summed."""
+        return (a | b) & ~(a & b & self.last)
+
+    def contract(self, a: int, b: int) -> int:
+        """The same, and count the result in place of ``a`` and ``b``."""
+        result = self.peek(a, b)
+        for bit in _bits(a & b & result):
+            self.count[bit] -= 1
+            if self.count[bit] == 2:
+                self.last |= bit
+        return result
+
+
+def _bits(mask: int) -> Iterator[int]:
+    while mask:
+        low = mask & -mask
+        yield low
+        mask ^= low
+
+
+# --- the search of optimize="auto" ------------------------------------------------------------------------------------
+
+
+def _search(network: _Network, limit: float) -> tuple[str, Path]:
+    n = len(network.terms)
+    if n == 2:
+        return "exhaustive search", ((0, 1),)
+    if n <= _EXHAUSTIVE:
+        found = _exhaustive(network, limit)
+        return "exhaustive search", _required(found, limit)
+    budget = 12_000 if n <= 16 else min(250_000, 2_000 * n)
+    simple, prefix = _simplify(network)
+    candidates: list[tuple[str, Path]] = []
+    rest = _Budget(budget)
+    exact = _by_components(simple, limit, rest)
+    if exact is not None:
+        candidates.append(("dynamic programming", prefix + _shift(exact, prefix, n, len(simple.terms))))
+    else:
+        rest = _Budget(budget)
+        for name, path in _greedy_candidates(simple, n, _Budget(budget)):
+            better = _improve(simple, path, limit, rest)
+            candidates.append((name, prefix + _shift(better, prefix, n, len(simple.terms))))
+    fitting = [item for item in candidates if network.largest(item[1]) <= limit]
+    if not fitting and len(network.terms) <= 12:
+        return "exhaustive search", _required(_exhaustive(network, limit), limit)
+    if not fitting:
+        least = min(network.largest(path) for _, path in candidates)
+        raise MemoryLimitError(
+            f"no order of {n} operands was found whose intermediates have at most {int(limit)} elements; the best has one "
+            f"of {least}; raise memory_limit"
+        )
+    return min(fitting, key=lambda item: network.seconds(item[1]))
+
+
+def _required(path: Path | None, limit: float) -> Path:
+    if path is None:
+        raise MemoryLimitError(f"no order keeps all intermediates within {int(limit)} elements; raise memory_limit")
+    return path
+
+
+class _Budget:
+    """Steps that a search may still take."""
+
+    __slots__ = ("left",)
+
+    def __init__(self, left: int) -> None:
+        self.left = left
+
+
+def _exhaustive(network: _Network, limit: float) -> Path | None:
+    """The best of all pairwise orders, outer products included, by dynamic programming over subsets of operands."""
+    terms = network.terms
+    n = len(terms)
+    full = (1 << n) - 1
+    union = [0] * (full + 1)
+    for subset in range(1, full + 1):
+        low = subset & -subset
+        union[subset] = union[subset ^ low] | terms[low.bit_length() - 1]
+    kept = [union[subset] & (union[full ^ subset] | network.output) for subset in range(full + 1)]
+    best = [0.0] * (full + 1)
+    split = [0] * (full + 1)
+    pair, size = network.pair, network.size
+    for subset in range(1, full + 1):
+        low = subset & -subset
+        rest = subset ^ low
+        if not rest:
+            continue
+        least, where = math.inf, 0
+        if subset == full or size(kept[subset]) <= limit:
+            # Each split once: the part with the lowest operand is always the left one.
+            other = rest
+            while other:
+                left = subset ^ other
+                known = best[left] + best[other]
+                if known < least:
+                    known += pair(kept[left], kept[other], kept[subset])
+                    if known < least:
+                        least, where = known, left
+                other = (other - 1) & rest
+        best[subset], split[subset] = least, where
+    if best[full] == math.inf:
+        return None
+    return _path_of_splits(dict(enumerate(split)), full, n)
+
+
+def _path_of_splits(split: dict[int, int], full: int, n: int) -> Path:
+    """Steps of a tree given as: which part of a set of operands is its left child. Without recursion: a chain is deep."""
+    path: list[tuple[int, ...]] = []
+    number: dict[int, int] = {1 << operand: operand for operand in range(n)}
+    stack = [full]
+    while stack:
+        subset = stack[-1]
+        if subset in number:
+            stack.pop()
+            continue
+        left = split[subset]
+        missing = [part for part in (subset ^ left, left) if part not in number]
+        if missing:
+            stack.extend(missing)
+            continue
+        stack.pop()
+        path.append((number[left], number[subset ^ left]))
+        number[subset] = n + len(path) - 1
+    return tuple(path)
+
+
+def _connected(network: _Network, limit: float, budget: _Budget) -> Path | None:
+    """The best order without outer products of a connected network; ``None`` where the budget does not suffice.
+
+    Enumerates the pairs of disjoint, connected, adjacent sets of operands (Moerkotte and Neumann, 2006), each once, then
+    takes them by size, so that the parts of a set are solved before it.
+    """
+    terms, n = network.terms, len(network.terms)
+    if n == 1:
+        return ()
+    near = [0] * n
+    for i in range(n):
+        for j in range(i):
+            if terms[i] & terms[j]:
+                near[i] |= 1 << j
+                near[j] |= 1 << i
+    pairs = _adjacent_pairs(near, budget)
+    if pairs is None:
+        return None
+    full = (1 << n) - 1
+    union = {1 << i: term for i, term in enumerate(terms)}
+    holders = {
+        bit: sum(1 << i for i, term in enumerate(terms) if term & bit) for bit in _bits(_union(terms, range(n)))
+    }
+    kept = {1 << i: term for i, term in enumerate(terms)}
+    best = {1 << i: 0.0 for i in range(n)}
+    split: dict[int, int] = {}
+    pair, size = network.pair, network.size
+    for one, two in pairs:
+        if one not in best or two not in best:
+            continue
+        whole = one | two
+        known = best[one] + best[two]
+        if known >= best.get(whole, math.inf):
+            continue
+        if whole not in kept:
+            union[whole] = union[one] | union[two]
+            mask = kept[one] | kept[two]
+            kept[whole] = mask & network.output | sum(
+                bit for bit in _bits(mask & ~network.output) if holders[bit] & ~whole
+            )
+        if whole != full and size(kept[whole]) > limit:
+            continue
+        known += pair(kept[one], kept[two], kept[whole])
+        if known < best.get(whole, math.inf):
+            best[whole], split[whole] = known, one
+    return _path_of_splits(split, full, n) if full in best else None
+
+
+def _adjacent_pairs(near: Sequence[int], budget: _Budget) -> list[tuple[int, int]] | None:
+    n = len(near)
+    pairs: list[tuple[int, int]] = []
+
+    def around(subset: int, known: int) -> int:
+        for bit in _bits(subset):
+            known |= near[bit.bit_length() - 1]
+        return known
+
+    def grow(subset: int, reach: int, banned: int) -> Iterator[tuple[int, int]]:
+        """Connected sets that contain ``subset`` and nothing banned, with what they touch."""
+        stack = [(subset, reach, banned)]
+        while stack:
+            subset, reach, banned = stack.pop()
+            yield subset, reach
+            fringe = reach & ~banned & ~subset
+            more = fringe
+            while more and budget.left > 0:
+                stack.append((subset | more, around(more, reach), banned | fringe))
+                more = (more - 1) & fringe
+                budget.left -= 1
+
+    for first in range(n):
+        below = (2 << first) - 1
+        for one, reach in grow(1 << first, near[first], below):
+            fringe = reach & ~below & ~one
+            done = below | one
+            for bit in _bits(fringe):
+                start = bit.bit_length() - 1
+                # Neighbours of ``one`` with a lower number were the start of their own complements.
+                for two, _ in grow(bit, near[start], done | bit):
+                    pairs.append((one, two))
+                    budget.left -= 1
+                    if budget.left < 0:
+                        return None
+                done |= bit
+            if budget.left < 0:
+                return None
+    pairs.sort(key=lambda pair: (pair[0] | pair[1]).bit_count())
+    return pairs
+
+
+def _by_components(network: _Network, limit: float, budget: _Budget) -> Path | None:
+    """``_connected`` for each connected part, then outer products of their results, smallest first."""
+    path: list[tuple[int, ...]] = []
+    n = len(network.terms)
+    roots: list[int] = []
+    for group in _components(network.terms):
+        part = network.with_terms([network.terms[i] for i in group], network.output & _union(network.terms, group))
+        inner = _connected(part, limit, budget)
+        if inner is None:
+            return None
+        start = n + len(path)
+        path += [tuple(group[i] if i < len(group) else start + i - len(group) for i in step) for step in inner]
+        roots.append(n + len(path) - 1 if inner else group[0])
+    return tuple(_join(network, path, roots))
+
+
+def _components(terms: Sequence[int]) -> list[list[int]]:
+    groups: list[tuple[int, list[int]]] = []
+    for number, term in enumerate(terms):
+        touching = [group for group in groups if group[0] & term]
+        mask, members = term, [number]
+        for other in touching:
+            mask |= other[0]
+            members += other[1]
+            groups.remove(other)
+        groups.append((mask, sorted(members)))
+    return sorted(members for _, members in groups)
+
+
+def _union(terms: Sequence[int], group: Sequence[int]) -> int:
+    mask = 0
+    for member in group:
+        mask |= terms[member]
+    return mask
+
+
+def _join(network: _Network, path: list[tuple[int, ...]], roots: Sequence[int]) -> list[tuple[int, ...]]:
+    """Complete a path whose results ``roots`` share no label: the two smallest first."""
+    values = list(network.terms) + [result for _, _, result in network.results(tuple(path))]
+    heap = [(network.size(values[root]), root) for root in roots]
+    heapq.heapify(heap)
+    path = list(path)
+    while len(heap) > 1:
+        (_, one), (_, two) = heapq.heappop(heap), heapq.heappop(heap)
+        values.append(values[one] | values[two])
+        path.append((one, two))
+        heapq.heappush(heap, (network.size(values[-1]), len(values) - 1))
+    return path
+
+
+def _simplify(network: _Network) -> tuple[_Network, Path]:
+    """Multiply scalars onto the smallest operand, and merge operands that have the same labels: what is left to order.
+
+    Returns:
+        The smaller network, whose operands are those that the path leaves, in order of their numbers; and the path.
+    """
+    values: dict[int, int] = dict(enumerate(network.terms))
+    path: list[tuple[int, ...]] = []
+    count = _Count(network.terms, network.output)
+
+    def merge(one: int, two: int) -> int:
+        result = count.contract(values.pop(one), values.pop(two))
+        path.append((one, two))
+        number = len(network.terms) + len(path) - 1
+        values[number] = result
+        return number
+
+    changed = True
+    while changed and len(values) > 1:
+        changed = False
+        first: dict[int, int] = {}
+        for number, term in list(values.items()):
+            if term in first:
+                merge(first.pop(term), number)
+                changed = True
+            else:
+                first[term] = number
+        scalar = next((number for number, term in values.items() if not term), None)
+        if scalar is not None and len(values) > 1:
+            others = (number for number in values if number != scalar)
+            merge(min(others, key=lambda number: network.size(values[number])), scalar)
+            changed = True
+    order = sorted(values)
+    return network.with_terms([values[number] for number in order], network.output), tuple(path)
+
+
+def _shift(path: Path, prefix: Path, n: int, left: int) -> Path:
+    """Renumber a path of what ``prefix`` leaves of ``n`` operands."""
+    used = {operand for step in prefix for operand in step}
+    names = [number for number in range(n + len(prefix)) if number not in used]
+    return tuple(tuple(names[i] if i < left else n + len(prefix) + i - left for i in step) for step in path)
+
+
+def _greedy_candidates(network: _Network, seed: int, budget: _Budget) -> list[tuple[str, Path]]:
+    """The best few of many greedy searches: opt_einsum's own, and ours with several cost functions and some noise."""
+    found: dict[Path, str] = {}
+    named = _to_pairs(network, _call_foreign(network, get_path_fn("greedy"), None))
+    found[named] = "greedy (opt_einsum)"
+    for trial in range(_SEEDS):
+        noise = random.Random(seed * 1000 + trial) if trial >= len(_SCORES) else None
+        path = _greedy(network, _SCORES[trial % len(_SCORES)], noise, budget)
+        found.setdefault(path, "greedy")
+        if budget.left <= 0:
+            break
+    ranked = sorted(found.items(), key=lambda item: network.seconds(item[0]))
+    return [(name, path) for path, name in ranked[:3]]
+
+
+_Score = Callable[[float, float, float], float]
+
+# Score of a pair from the sizes of its result and of its operands; the lowest is contracted first.
+_SCORES: tuple[_Score, ...] = (
+    lambda result, a, b: result - a - b,
+    lambda result, a, b: math.log(result + 1) - math.log(a + b + 1),
+    lambda result, a, b: result - max(a, b),
+    lambda result, a, b: math.log(result + 1) - 0.5 * math.log(a * b + 1),
+    lambda result, a, b: result,
+)
+
+
+def _greedy(network: _Network, score: _Score, noise: random.Random | None, budget: _Budget) -> Path:
+    terms = dict(enumerate(network.terms))
+    holders: dict[int, dict[int, None]] = {}
+    for number, term in terms.items():
+        for bit in _bits(term):
+            holders.setdefault(bit, {})[number] = None
+    count = _Count(network.terms, network.output)
+    size = network.size
+    heap: list[tuple[float, int, int]] = []
+
+    def push(one: int, two: int) -> None:
+        a, b = terms[one], terms[two]
+        value = score(size(count.peek(a, b)), size(a), size(b))
+        if noise is not None:
+            # Gumbel noise in proportion: pairs of about the same score change places.
+            value += 0.2 * abs(value) * math.log(-math.log(noise.random() or 0.5))
+        heapq.heappush(heap, (value, one, two))
+        budget.left -= 1
+
+    for number, term in terms.items():
+        partners = {other: None for bit in _bits(term) for other in holders[bit] if other > number}
+        for other in partners:
+            push(number, other)
+    path: list[tuple[int, ...]] = []
+    while heap:
+        _, one, two = heapq.heappop(heap)
+        if one not in terms or two not in terms:
+            continue
+        a, b = terms.pop(one), terms.pop(two)
+        for bit in _bits(a):
+            del holders[bit][one]
+        for bit in _bits(b):
+            del holders[bit][two]
+        result = count.contract(a, b)
+        new = len(network.terms) + len(path)
+        path.append((one, two))
+        terms[new] = result
+        partners = {other: None for bit in _bits(result) for other in holders[bit]}
+        for bit in _bits(result):
+            holders[bit][new] = None
+        for other in partners:
+            push(other, new)
+    return tuple(_join(network, path, list(terms)))
+
+
+def _improve(network: _Network, path: Path, limit: float, budget: _Budget) -> Path:
+    """Solve small subtrees of a contraction tree exactly, again and again, until nothing gets better."""
+    n = len(network.terms)
+    children = {n + number: step for number, step in enumerate(path)}
+    labels = dict(enumerate(network.terms))
+    labels |= {n + number: result for number, (_, _, result) in enumerate(network.results(path))}
+    root, fresh = n + len(path) - 1, n + len(path)
+    better = True
+    while better and budget.left > 0:
+        better = False
+        for top in _postorder(children, root):
+            if budget.left <= 0:
+                break
+            leaves, inside = [top], []
+            while len(leaves) < _SUBTREE:
+                open_ = [leaf for leaf in leaves if leaf in children]
+                if not open_:
+                    break
+                widest = max(open_, key=lambda leaf: (network.size(labels[leaf]), leaf)) if inside else top
+                inside.append(widest)
+                leaves.remove(widest)
+                leaves += children[widest]
+            if len(leaves) < 3:
+                continue
+            before = sum(network.pair(*(labels[child] for child in children[node]), labels[node]) for node in inside)
+            part = network.with_terms([labels[leaf] for leaf in leaves], labels[top])
+            if len(leaves) <= 5:
+                budget.left -= 3 ** len(leaves) // 2
+                inner = _exhaustive(part, limit)
+            else:
+                inner = _by_components(part, limit, _Budget(4_000))
+                budget.left -= 60 * len(leaves)
+            if inner is None or part.seconds(inner) >= before * (1 - 1e-9):
+                continue
+            better = True
+            for node in inside:
+                del children[node]
+            names = list(leaves)
+            for number, (step, (_, _, result)) in enumerate(zip(inner, part.results(inner), strict=True)):
+                last = number == len(inner) - 1
+                node = top if last else fresh
+                fresh += not last
+                children[node] = tuple(names[i] for i in step)
+                labels[node] = result
+                names.append(node)
+    numbers = {i: i for i in range(n)}
+    final: list[tuple[int, ...]] = []
+    for node in _postorder(children, root):
+        final.append(tuple(numbers[child] for child in children[node]))
+        numbers[node] = n + len(final) - 1
+    return tuple(final)
+
+
+def _postorder(children: dict[int, tuple[int, ...]], root: int) -> list[int]:
+    order, stack = [], [root]
+    while stack:
+        node = stack.pop()
+        if node in children:
+            order.append(node)
+            stack += children[node]
+    return order[::-1]
+
+
+# --- strategies of others ---------------------------------------------------------------------------------------------
+
+
+def _foreign(network: _Network, optimize: Optimize, limit: float) -> tuple[str, Path]:
+    if optimize is False:
+        return "left to right", _to_pairs(network, tuple((0, 1) for _ in network.terms[1:]))
+    if isinstance(optimize, str):
+        try:
+            function = get_path_fn(optimize)
+        except KeyError:
+            known = ", ".join(sorted(opt_einsum.paths._PATH_OPTIONS))
+            raise LazyEinsumError(f"optimize={optimize!r} is not a strategy; expected one of {known}") from None
+        return optimize, _to_pairs(network, _call_foreign(network, function, None if limit == math.inf else int(limit)))
+    if not callable(optimize):
+        return "the given path", _to_pairs(network, optimize)
+    name = getattr(optimize, "__name__", type(optimize).__name__)
+    return name, _to_pairs(network, _call_foreign(network, optimize, None if limit == math.inf else int(limit)))
+
+
+def _call_foreign(network: _Network, function: Callable[..., Any], limit: int | None) -> Path:
+    labels = network.labels
+    inputs = [frozenset(labels[bit.bit_length() - 1] for bit in _bits(term)) for term in network.terms]
+    output = frozenset(labels[bit.bit_length() - 1] for bit in _bits(network.output))
+    # opt_einsum's random searches seed Python's global generator; the caller's numbers must not depend on planning.
+    state = random.getstate()
+    try:
+        path = function(inputs, output, dict(zip(labels, network.sizes, strict=True)), limit)
+    finally:
+        random.setstate(state)
+    return tuple(tuple(step) for step in path)
+
+
+def _to_pairs(network: _Network, path: Path) -> Path:
+    """A path of positions as pairs of numbers, steps of three and more operands split by our own search."""
+    n = len(network.terms)
+    alive = list(range(n))
+    values = list(network.terms)
+    count = _Count(network.terms, network.output)
+    pairs: list[tuple[int, ...]] = []
+    steps = list(path)
+    while steps or len(alive) > 1:
+        step = steps.pop(0) if steps else tuple(range(len(alive)))
+        if not step or len(set(step)) != len(step) or not all(0 <= place < len(alive) for place in step):
+            raise LazyEinsumError(
+                f"the path {list(path)} has the step {step} where {len(alive)} operands remain; expected different "
+                f"positions from 0 to {len(alive) - 1}"
+            )
+        group = [alive[place] for place in sorted(step)]
+        alive = [number for number in alive if number not in group]
+        if len(group) == 1:
+            alive += group
+            continue
+        if len(group) == 2:
+            inner: Path = ((0, 1),)
+        else:
+            rest = network.output | _union(values, alive)
+            part = network.with_terms([values[number] for number in group], rest & _union(values, group))
+            _, inner = _search(part, math.inf)
+        names = list(group)
+        for left, right in inner:
+            pairs.append((names[left], names[right]))
+            values.append(count.contract(values[names[left]], values[names[right]]))
+            names.append(len(values) - 1)
+        alive.append(names[-1])
+    return tuple(pairs)
+
+
+# --- printing ---------------------------------------------------------------------------------------------------------
+
+
+def _shorten(text: str, width: int) -> str:
+    if len(text) <= width:
+        return text
+    return text[: width // 2 - 2] + "..." + text[len(text) - (width - width // 2 - 1) :]
+
+
+def _si(value: int) -> str:
+    if value < 10_000:
+        return str(value)
+    return f"{value:.2e}".replace("e+0", "e").replace("e+", "e")

@@ -1,0 +1,62 @@
+"""``Report``: what was done for a module, in words and figures."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .module import CacheInfo
+    from .specialize import Specialization
+
+
+@dataclass(frozen=True)
+class Report:
+    """What ``OptimizedModule.explain`` gives; ``str(report)`` is for reading, ``to_dict()`` for programs.
+
+    Attributes:
+        name: class of the child.
+        cache: statistics of the cache.
+        specializations: those reported on, least recently used first.
+        reasons: why calls ran as the child itself.
+    """
+
+    name: str
+    cache: CacheInfo
+    specializations: Sequence[Specialization]
+    reasons: Sequence[str] = ()
+
+    def __str__(self) -> str:
+        cache = self.cache
+        lines = [
+            f"{self.name}: {cache.currsize} of at most {cache.maxsize} specializations; {cache.hits} hits, {cache.misses} misses, "
+            f"{cache.evictions} evictions, {cache.fallbacks} fall-backs; {cache.build_seconds:.3f} s building"
+        ]
+        lines += [f"runs as it is: {reason}" for reason in self.reasons]
+        for entry in self.specializations:
+            lines += ["", f"{entry.signature}", f"  {entry.hits} hits, built in {entry.build_seconds * 1e3:.1f} ms"]
+            for plan in entry.plans:
+                lines += ["  " + line for line in str(plan).splitlines()]
+            lines += ["  code:"] + ["    " + line for line in entry.code.strip().splitlines()]
+        return "\n".join(lines)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The same as plain data that ``json`` takes."""
+        return {
+            "name": self.name,
+            "cache": self.cache._asdict(),
+            "reasons": list(self.reasons),
+            "specializations": [
+                {
+                    "signature": str(entry.signature),
+                    "hits": entry.hits,
+                    "build_seconds": entry.build_seconds,
+                    "plans": [
+                        {"equation": str(plan.spec), "flops": int(plan.flops), "naive_flops": int(plan.naive_flops), "optimizer": str(plan.optimizer)} for plan in entry.plans
+                    ],
+                    "stages": dict(entry.stages),
+                }
+                for entry in self.specializations
+            ],
+        }

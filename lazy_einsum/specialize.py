@@ -1,0 +1,250 @@
+"""``specialize``: trace, run the passes one by one, compile. ``stages`` shows every step; ``specialize`` is the last of them."""
+
+from __future__ import annotations
+
+import threading
+import time
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from cachetools import LRUCache
+from torch import fx, nn
+
+from . import ambient as ambient_module
+from .errors import LazyEinsumError, MemoryLimitError, UntraceableError
+from .graph import copy_graph, read_einsum, type_of
+from .passes import PASSES, Options
+from .plan import Plan, make_plan
+from .signature import Arguments, Signature
+from .state import Guard, Path, compile_guard, describe_reads
+from .tracing import Trace, trace
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """The program after one pass.
+
+    Attributes:
+        name: of the pass; the first stage is ``"trace"``.
+        graph: runnable as it is.
+        seconds: time the pass took.
+    """
+
+    name: str
+    graph: fx.Graph
+    seconds: float
+
+    @property
+    def code(self) -> str:
+        """The graph as Python source."""
+        return self.graph.python_code("self").src.strip("\n") + "\n"
+
+
+def run_passes(graph: fx.Graph, options: Options) -> Iterator[Stage]:
+    """The program after each pass, beginning with ``graph`` itself.
+
+    Raises:
+        MemoryLimitError: no contraction order stays below the limit.
+        UntraceableError: a pass fails, or its result is not a well-formed graph; the message names the pass.
+    """
+    yield Stage("trace", graph, 0.0)
+    for name, make_pass in PASSES:
+        start = time.perf_counter()
+        try:
+            graph = make_pass(options)(graph)
+            graph.lint()
+        except MemoryLimitError:
+            raise
+        except Exception as error:
+            # Eager still gives the right answer, so a fault of ours is one more reason to fall back.
+            raise UntraceableError(f"pass {name!r} failed: {type(error).__name__}: {error}") from error
+        yield Stage(name, graph, time.perf_counter() - start)
+
+
+class Specialization:
+    """The code for one signature.
+
+    Attributes:
+        signature: the key: all that the code depends on.
+        stages: name of pass -> code after it, in order.
+        plans: the contraction plans, one for each einsum that was planned, in the order of the code.
+        hits: calls served so far, the first one not counted.
+        build_seconds: how long it took to make, in seconds.
+    """
+
+    __slots__ = ("__weakref__", "_graph", "_module", "_state", "build_seconds", "guard", "hits", "plans", "run", "signature", "stages", "used")
+
+    def __init__(
+        self,
+        signature: Signature,
+        graph: fx.Graph,
+        stages: Mapping[str, str],
+        plans: tuple[Plan, ...],
+        guard: Guard,
+        run: Callable[..., Any],
+        state: Mapping[str, Path],
+        module: Any,
+        build_seconds: float,
+    ) -> None:
+        self.signature = signature
+        self.stages = stages
+        self.plans = plans
+        self.hits = 0
+        self.build_seconds = build_seconds
+        self.guard = guard
+        self.run = run
+        self.used = 0
+        self._graph = graph
+        self._state = state
+        # Weakly: a specialization must not keep the child's tensors alive.
+        self._module = weakref.ref(module) if isinstance(module, nn.Module) else lambda: module
+
+    @property
+    def code(self) -> str:
+        """The specialized program as Python source; ``self`` is the wrapped module."""
+        return next(reversed(self.stages.values()))
+
+    @property
+    def graph_module(self) -> fx.GraphModule:
+        """The specialized program as a ``GraphModule`` on the live tensors of the child (made anew at each request, so that nothing is kept alive).
+
+        It takes the tensors among the arguments, in order, and has no checks of its own.
+        """
+        module = self._module()
+        if module is None:
+            raise LazyEinsumError("the module that this specialization was made for is gone")
+        return fx.GraphModule({target: read(module, path) for target, path in self._state.items()}, copy_graph(self._graph))
+
+    def __repr__(self) -> str:
+        return f"<Specialization {self.signature}, {self.hits} hits, built in {self.build_seconds * 1e3:.1f} ms>"
+
+
+def read(module: Any, path: Path) -> Any:
+    """The live object at ``path``."""
+    tables = {"module": "_modules", "parameter": "_parameters", "buffer": "_buffers"}
+    for how, key in path:
+        if how == "item":
+            module = module[key]
+        elif how == "call":
+            module = module()
+        elif how == "attribute":
+            module = module.__dict__[key]
+        else:
+            module = module.__dict__[tables[how]][key]
+    return module
+
+
+_functions: LRUCache[Any, Callable[..., Any]] = LRUCache(1024)
+_functions_lock = threading.Lock()
+
+
+def compile_graph(graph: fx.Graph, state: Sequence[str]) -> Callable[..., Any]:
+    """A plain function of the graph's placeholders and then the state targets, in order. Equal code gives the same function.
+
+    >>> compile_graph(fx.symbolic_trace(lambda x: x + 1).graph, ())(1)
+    2
+    """
+    lifted = fx.Graph()
+    environment: dict[fx.Node, fx.Node] = {}
+    for node in graph.nodes:
+        if node.op == "placeholder":
+            environment[node] = lifted.placeholder(node.name)
+    names = {target: lifted.placeholder(f"state_{number}") for number, target in enumerate(state)}
+    for node in graph.nodes:
+        if node.op == "placeholder":
+            continue
+        if node.op == "get_attr":
+            environment[node] = names[str(node.target)]
+        else:
+            environment[node] = lifted.node_copy(node, environment.__getitem__)
+    code = lifted.python_code("self")
+    key = (code.src, tuple((name, id(value)) for name, value in sorted(code.globals.items())))
+    with _functions_lock:
+        found = _functions.get(key)
+        if found is None:
+            scope = dict(code.globals)
+            exec(compile(code.src, f"<lazy_einsum {len(_functions)}>", "exec"), scope)
+            # The parameter ``self`` of fx's generated code is not used: state comes in as arguments.
+            found = _functions[key] = partial(scope["forward"], None)
+        return found
+
+
+def specialize(
+    module: Any,
+    arguments: Arguments,
+    options: Options,
+    is_leaf: Callable[[nn.Module, str], bool] = lambda module, name: False,
+    on_stage: Callable[[Stage, Trace], None] | None = None,
+) -> Specialization:
+    """Make the specialization of ``module`` for the given arguments, in the present ambient state.
+
+    Args:
+        module: the child, or any callable.
+        arguments: types and constants of the call.
+        options: how to plan.
+        is_leaf: see ``trace``.
+        on_stage: called with each stage while it is at hand (``verify`` runs them).
+
+    Raises:
+        MemoryLimitError: no contraction order stays below the limit.
+        UntraceableError: the call can't be represented.
+    """
+    start = time.perf_counter()
+    ambient = ambient_module.ambient()
+    traced = trace(module, arguments, is_leaf)
+    stages: dict[str, str] = {}
+    plans: tuple[Plan, ...] = ()
+    graph = traced.graph
+    for stage in run_passes(traced.graph, options):
+        if stage.name == "choose_paths":
+            plans = tuple(find_plans(graph, options))
+        graph = stage.graph
+        stages[stage.name] = stage.code
+        if on_stage is not None:
+            on_stage(stage, traced)
+    targets = [str(node.target) for node in graph.nodes if node.op == "get_attr"]
+    state = {target: traced.state[target] for target in dict.fromkeys(targets)}
+    run = finish(compile_graph(graph, tuple(state)), traced, dict(ambient)["grad"])
+    overlap = None
+    if traced.writes_inputs:
+        overlap = no_overlap
+    guard = compile_guard(arguments, ambient, traced.reads, list(state.values()), overlap)
+    signature = Signature(arguments, ambient, describe_reads(traced.reads))
+    return Specialization(signature, graph, stages, plans, guard, run, state, module, time.perf_counter() - start)
+
+
+def finish(function: Callable[..., Any], traced: Trace, grad: bool) -> Callable[..., Any]:
+    """``function`` with what a graph can't say: building the result in the user's own containers, and putting the grad mode back after an exception."""
+    build = traced.result
+    if build is None and not traced.switches_grad:
+        return function
+
+    def run(*values: Any) -> Any:
+        if not traced.switches_grad:
+            result = function(*values)
+        else:
+            with torch.set_grad_enabled(grad):
+                result = function(*values)
+        return result if build is None else build(result)
+
+    return run
+
+
+def no_overlap(*tensors: torch.Tensor) -> bool:
+    """Whether no two of ``tensors`` share memory: what a trace assumes, and code that writes its inputs relies on."""
+    return len({tensor.untyped_storage()._cdata for tensor in tensors}) == len(tensors)
+
+
+def find_plans(graph: fx.Graph, options: Options) -> Iterator[Plan]:
+    """The plans that ``choose_paths`` follows for the einsums of ``graph`` (they come from the planner's cache)."""
+    for node in graph.nodes:
+        found = read_einsum(node)
+        if found is not None and len(found[1]) > 1:
+            types = [type_of(operand) for operand in found[1]]
+            if all(known is not None for known in types):
+                shapes = [known.shape for known in types if known is not None]
+                yield make_plan(found[0], shapes, options.optimize, options.memory_limit)

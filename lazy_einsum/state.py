@@ -1,0 +1,336 @@
+"""What a trace read of its module, as data, and the generated function that checks all of it (and the arguments) at a warm call.
+
+A read is a path from the child (``child.layers[0].weight``) and what was found at its end. ``compile_guard`` turns the reads of one specialization into one
+Python function that walks to each of them and fails at the first difference: nothing that was not read is checked.
+"""
+
+from __future__ import annotations
+
+import math
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from types import FunctionType
+from typing import Any, Literal
+
+import torch
+
+from . import ambient as ambient_module
+from .signature import Alias, Arguments, Constant, Structure, TensorType
+
+How = Literal["module", "parameter", "buffer", "attribute", "item", "call"]
+Path = tuple[tuple[How, Any], ...]
+"""Steps from the child: a submodule, a parameter, a buffer, any other attribute, an item of a container, or what a weak reference gives when called."""
+
+
+def path_name(path: Path) -> str:
+    """The path as the user would write it after ``child.``, usable as an ``fx`` target where it has no odd item keys.
+
+    >>> path_name((("module", "layers"), ("module", "0"), ("parameter", "weight")))
+    'layers.0.weight'
+    """
+    return ".".join(str(key) for _, key in path)
+
+
+@dataclass(frozen=True, slots=True)
+class ModuleClass:
+    """A submodule (or the child itself) of class ``kind`` was found."""
+
+    kind: type
+
+    def __str__(self) -> str:
+        return self.kind.__name__
+
+
+@dataclass(frozen=True, slots=True)
+class NoHooks:
+    """The module at the path was called, and had no hooks."""
+
+    def __str__(self) -> str:
+        return "no hooks"
+
+
+@dataclass(frozen=True, slots=True)
+class Absent:
+    """The module at the path was asked for the attribute ``name`` and had none."""
+
+    name: str
+
+    def __str__(self) -> str:
+        return f"no attribute {self.name}"
+
+
+@dataclass(frozen=True, slots=True)
+class Names:
+    """All names of one kind (``_modules``, ``_parameters``, ``_buffers``) of the module at the path were listed."""
+
+    table: str
+    names: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return f"{self.table} {self.names}"
+
+
+@dataclass(frozen=True, slots=True)
+class Container:
+    """A list, tuple, dict, set or plain object was found; its items are read one by one.
+
+    Attributes:
+        kind: its class.
+        keys: keys of a mapping or names of the attributes of an object, in order; else the length.
+    """
+
+    kind: type
+    keys: tuple[Any, ...] | int
+
+    def __str__(self) -> str:
+        return f"{self.kind.__name__} of {self.keys}"
+
+
+@dataclass(frozen=True, slots=True)
+class SameAs:
+    """The very object at ``path`` was found (shared weights, a module used twice)."""
+
+    path: Path
+
+    def __str__(self) -> str:
+        return f"same as {path_name(self.path)}"
+
+
+class Reference:
+    """A function, class or Python module found; equal to itself only. Held weakly, so that no closure is kept alive by a key."""
+
+    __slots__ = ("ident", "name", "ref")
+
+    def __init__(self, value: Any) -> None:
+        self.ident = id(value)
+        self.name = getattr(value, "__qualname__", None) or getattr(value, "__name__", type(value).__name__)
+        try:
+            self.ref: Callable[[], Any] = weakref.ref(value)
+        except TypeError:
+            self.ref = lambda: value
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Reference) and self.ident == other.ident and self.ref() is other.ref()
+
+    def __hash__(self) -> int:
+        return hash(self.ident)
+
+    def __str__(self) -> str:
+        return str(self.name)
+
+
+Guard = Callable[..., "tuple[Any, ...] | None"]
+Found = TensorType | Constant | Reference | ModuleClass | NoHooks | Absent | Names | Container | SameAs
+Reads = Mapping[tuple[Path, str], Found]
+"""What was found, by path and kind of question (one object may be asked for its class, its hooks, an absent attribute ...), in the order of reading."""
+
+
+def describe_reads(reads: Reads) -> tuple[tuple[str, Found], ...]:
+    """The reads as the hashable part ``state`` of a ``Signature``."""
+    return tuple((f"self.{path_name(path)}{question}".rstrip("."), found) for (path, question), found in reads.items())
+
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+class _Writer:
+    """Collects the source of one guard function: numbered locals, conditions in order, and the values that the source refers to by name."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+        self.values: dict[str, Any] = {}
+        self._locals: dict[Any, str] = {}
+
+    def name(self, value: Any, prefix: str = "c") -> str:
+        name = f"{prefix}{len(self.values)}"
+        self.values[name] = value
+        return name
+
+    def local(self, key: Any, expression: str) -> str:
+        """The local variable that holds ``expression``, assigned at the first request for ``key``."""
+        if key not in self._locals:
+            self._locals[key] = f"v{len(self._locals)}"
+            self.lines.append(f"{self._locals[key]} = {expression}")
+        return self._locals[key]
+
+    def require(self, condition: str) -> None:
+        self.lines.append(f"if not ({condition}): return None")
+
+    def constant(self, variable: str, constant: Constant) -> None:
+        value = constant.value
+        if value is None or value is True or value is False or value is Ellipsis:
+            self.require(f"{variable} is {value}")
+        elif type(value) is float and (value != value or value == 0.0):
+            # NaN equals nothing and 0.0 == -0.0: the same object passes, else the bits decide.
+            sign = math.copysign(1.0, value)
+            copysign = self.name(math.copysign)
+            same_bits = "False" if value != value else f"type({variable}) is float and {variable} == 0.0 and {copysign}(1.0, {variable}) == {sign!r}"
+            self.require(f"{variable} is {self.name(value)} or ({same_bits})")
+        elif type(value) in (int, float, str, bytes):
+            self.require(f"{variable} == {self.name(value)} and type({variable}) is {type(value).__name__}")
+        elif isinstance(value, (torch.dtype, torch.layout, torch.memory_format)):
+            self.require(f"{variable} is {self.name(value)}")
+        else:
+            self.require(f"{self.name(Constant)}({variable}) == {self.name(constant)}")
+
+
+def _write_arguments(writer: _Writer, arguments: Arguments) -> list[str]:
+    """Conditions on the structure and constants; the variables of the tensors, in the order of the leaves."""
+    tensors: dict[int, str] = {}
+    args, kwargs = arguments.structure.children
+    assert isinstance(args, Structure) and isinstance(kwargs, Structure) and kwargs.keys is not None
+
+    def visit(child: Structure | int, variable: str) -> None:
+        if isinstance(child, int):
+            leaf = arguments.leaves[child]
+            if isinstance(leaf, Constant):
+                writer.constant(variable, leaf)
+            elif isinstance(leaf, Alias):
+                writer.require(f"{variable} is {tensors[leaf.leaf]}")
+            else:
+                tensors[child] = variable
+            return
+        kind = writer.name(child.kind)
+        writer.require(f"type({variable}) is {kind} and len({variable}) == {len(child.children)}")
+        visit_items(child, variable)
+
+    def visit_items(child: Structure, variable: str) -> None:
+        if child.keys is not None:
+            # In order: user code may iterate over the mapping.
+            writer.require(f"tuple({variable}) == {writer.name(child.keys)}")
+        for number, item in enumerate(child.children):
+            key = number if child.keys is None else writer.name(child.keys[number])
+            visit(item, writer.local((variable, number), f"{variable}[{key}]"))
+
+    if args.children and kwargs.keys == () and all(isinstance(child, int) for child in args.children):
+        # The usual call, positional leaves only, unpacked at once.
+        names = [f"x{number}" for number in range(len(args.children))]
+        writer.require(f"len(args) == {len(names)} and not kwargs")
+        writer.lines.append(f"{', '.join(names)}, = args")
+        for child, name in zip(args.children, names, strict=True):
+            visit(child, name)
+    else:
+        writer.require(f"len(args) == {len(args.children)} and len(kwargs) == {len(kwargs.children)}")
+        visit_items(args, "args")
+        # Keyword arguments are compared in any order: only **kwargs could tell it, and then its keys are read from here.
+        for number, item in enumerate(kwargs.children):
+            visit(item, writer.local(("kwargs", number), f"kwargs[{writer.name(kwargs.keys[number])}]"))
+        writer.require(f"tuple(kwargs) == {writer.name(kwargs.keys)}" if len(kwargs.keys) > 1 else "True")
+    return [tensors[number] for number in sorted(tensors)]
+
+
+def _object(writer: _Writer, path: Path) -> str:
+    """The local variable that holds the live object at ``path``."""
+    if not path:
+        return "module"
+    *rest, (how, key) = path
+    parent = tuple(rest)
+    if how == "item":
+        holder = _object(writer, parent)
+        return writer.local(path, f"{holder}[{writer.name(key)}]")
+    if how == "call":
+        return writer.local(path, f"{_object(writer, parent)}()")
+    table = {"module": "['_modules']", "parameter": "['_parameters']", "buffer": "['_buffers']", "attribute": ""}[how]
+    return writer.local(path, f"{_dict(writer, parent)}{table}[{key!r}]")
+
+
+def _dict(writer: _Writer, path: Path) -> str:
+    return writer.local((path, "__dict__"), f"{_object(writer, path)}.__dict__")
+
+
+def _write_read(writer: _Writer, path: Path, found: Found, tensors: dict[Path, str]) -> None:
+    if isinstance(found, Absent):
+        attributes = _dict(writer, path)
+        name = repr(found.name)
+        tables = " and ".join(f"{name} not in {attributes}[{table!r}]" for table in ("_parameters", "_buffers", "_modules"))
+        writer.require(f"{name} not in {attributes} and {tables}")
+        return
+    if isinstance(found, Names):
+        writer.require(f"tuple({_dict(writer, path)}[{found.table!r}]) == {writer.name(found.names)}")
+        return
+    if isinstance(found, NoHooks):
+        attributes = _dict(writer, path)
+        writer.require("not (" + " or ".join(f"{attributes}[{hooks!r}]" for hooks in _HOOKS) + ")")
+        return
+    variable = _object(writer, path)
+    if isinstance(found, TensorType):
+        tensors[path] = variable
+    elif isinstance(found, Constant):
+        writer.constant(variable, found)
+    elif isinstance(found, Reference):
+        writer.require(f"{variable} is {writer.name(found.ref)}()")
+    elif isinstance(found, ModuleClass):
+        writer.require(f"type({variable}) is {writer.name(found.kind)}")
+    elif isinstance(found, SameAs):
+        writer.require(f"{variable} is {_object(writer, found.path)}")
+    elif isinstance(found.keys, int):
+        writer.require(f"type({variable}) is {writer.name(found.kind)} and len({variable}) == {found.keys}")
+    else:
+        mapping = variable if issubclass(found.kind, dict) else f"{variable}.__dict__"
+        writer.require(f"type({variable}) is {writer.name(found.kind)} and tuple({mapping}) == {writer.name(found.keys)}")
+
+
+def compile_guard(
+    arguments: Arguments,
+    ambient: tuple[tuple[str, Any], ...],
+    reads: Reads,
+    wanted: Sequence[Path],
+    overlap: Callable[..., bool] | None = None,
+) -> Guard:
+    """A function ``(module, args, kwargs)`` that gives what the specialized code takes, or ``None`` where anything that was read has changed.
+
+    Hooks of the module itself make it fail too, unless a fourth argument says that they are being run around this call.
+
+    Args:
+        arguments: types and constants of the call.
+        ambient: the modes of the call, as ``ambient.ambient()`` gives them.
+        reads: what the trace read of the module.
+        wanted: paths of the state that the code takes, after the tensors among the arguments.
+        overlap: where given, called with all tensors (arguments, then state); the guard fails where it returns false.
+    """
+    writer = _Writer()
+    modes = dict(ambient)
+    # The rest of the ambient state is covered by the tensors' dispatch keys, where there is a tensor.
+    writer.require(f"{writer.name(ambient_module.function_modes)}() == {len(modes['default_device'])}")
+    writer.require(f"not {writer.name(ambient_module.dispatch_modes)}()")
+    writer.require("not (" + " or ".join(writer.name(hooks) for hooks in ambient_module.GLOBAL_HOOKS) + ")")
+    writer.require(f"{writer.name(torch.is_grad_enabled)}() is {modes['grad']}")
+    if ((), "") in reads:
+        attributes = _dict(writer, ())
+        writer.require("hooked or not (" + " or ".join(f"{attributes}[{hooks!r}]" for hooks in _HOOKS) + ")")
+    inputs = _write_arguments(writer, arguments)
+    types = [leaf for leaf in arguments.leaves if isinstance(leaf, TensorType)]
+    if types:
+        writer.require(f"{writer.name(ambient_module.tensor_check(types))}({', '.join(inputs)})")
+        writer.require(f"{writer.name(torch.get_default_dtype)}() is {writer.name(torch.get_default_dtype())}")
+    if not types or modes["autocast"] or modes["default_device"] or modes["inference"]:
+        writer.require(f"{writer.name(ambient_module.bypass)}() is None and {writer.name(ambient_module.ambient)}() == {writer.name(ambient)}")
+    for variable, known in zip(inputs, types, strict=True):
+        if known.requires_grad:
+            writer.require(f"{variable}.is_leaf is {known.is_leaf}")
+    tensors: dict[Path, str] = {}
+    for (path, _), found in reads.items():
+        _write_read(writer, path, found, tensors)
+    state_types = [found for found in reads.values() if isinstance(found, TensorType)]
+    if state_types:
+        writer.require(f"{writer.name(ambient_module.tensor_check(state_types))}({', '.join(tensors.values())})")
+    if overlap is not None:
+        writer.require(f"{writer.name(overlap)}({', '.join([*inputs, *tensors.values()])})")
+    values = [*inputs, *(_object(writer, path) for path in wanted)]
+    body = "\n        ".join(writer.lines)
+    source = f"""
+def guard(module, args, kwargs, hooked=False):
+    try:
+        {body}
+    except (KeyError, AttributeError, IndexError, TypeError):
+        return None
+    return ({"".join(f"{value}, " for value in values)})
+"""
+    scope: dict[str, Any] = dict(writer.values)
+    exec(compile(source, "<lazy_einsum guard>", "exec"), scope)
+    guard = scope["guard"]
+    assert isinstance(guard, FunctionType)
+    return guard
+
+

@@ -1,0 +1,133 @@
+"""``verify=True``: the first call of each signature also runs the child itself, and every stage's code where the two differ, to name the pass at fault."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from .errors import LazyEinsumError
+from .signature import flatten
+from .specialize import Specialization, Stage, compile_graph, finish, read
+from .tracing import Trace
+
+# Relative to the largest value: sums in another order differ by rounding, which grows with the root of their length; these leave room for sums of a million terms.
+_TOLERANCE = {
+    torch.float64: 1e-10,
+    torch.complex128: 1e-10,
+    torch.float32: 1e-3,
+    torch.complex64: 1e-3,
+    torch.bfloat16: 1e-1,
+    torch.float16: 1e-1,
+}
+
+
+class Verifier:
+    """Runs the child for one call before the specialization does, and compares.
+
+    Args:
+        child: the module or callable.
+        args: positional arguments of the call.
+        kwargs: keyword arguments of the call.
+    """
+
+    def __init__(self, child: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._child = child
+        self._args = args
+        self._kwargs = kwargs
+        self._stages: list[tuple[Stage, Trace]] = []
+        self._written = self._tensors()
+        self._before = [tensor.detach().clone() for tensor in self._written]
+        self._random = torch.default_generator.get_state()
+
+    def add_stage(self, stage: Stage, traced: Trace) -> None:
+        """Remember a stage of the build."""
+        self._stages.append((stage, traced))
+
+    def run(self, entry: Specialization, values: tuple[Any, ...]) -> Any:
+        """What ``entry`` gives for ``values``, which is what the child gives.
+
+        Raises:
+            LazyEinsumError: it is not.
+        """
+        expected = self._observe(lambda: self._child.forward(*self._args, **self._kwargs) if isinstance(self._child, nn.Module) else self._child(*self._args, **self._kwargs))
+        self._restore()
+        result: list[Any] = []
+
+        def specialized() -> Any:
+            result.append(entry.run(*values))
+            return result[0]
+
+        difference = _difference(expected, self._observe(specialized))
+        if difference is None:
+            return result[0]
+        inputs = values[: len(values) - len(entry._state)]
+        raise LazyEinsumError(
+            f"{type(self._child).__name__}{entry.signature}: the specialized code gives another result than the module itself: {difference}; "
+            f"the first stage that does is {self._first_wrong(expected, inputs)!r} (see specializations[...].stages)"
+        )
+
+    def _first_wrong(self, expected: list[Any], inputs: tuple[Any, ...]) -> str:
+        for stage, traced in self._stages:
+            self._restore()
+            targets = [str(node.target) for node in stage.graph.nodes if node.op == "get_attr"]
+            state = [read(self._child, traced.state[target]) for target in dict.fromkeys(targets)]
+            run = finish(compile_graph(stage.graph, tuple(dict.fromkeys(targets))), traced, torch.is_grad_enabled())
+
+            def stage_run(run: Callable[..., Any] = run, state: list[Any] = state) -> Any:
+                return run(*inputs, *state)
+
+            if _difference(expected, self._observe(stage_run)) is not None:
+                return stage.name
+        return "compile"
+
+    def _observe(self, function: Callable[[], Any]) -> list[Any]:
+        """Copies of what ``function`` returns and of what it leaves in the tensors it may write."""
+        leaves: list[Any] = []
+        flatten(function(), leaves)
+        values = [leaf.detach().clone() if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
+        return values + [tensor.detach().clone() for tensor in self._written]
+
+    def _restore(self) -> None:
+        torch.default_generator.set_state(self._random)
+        for tensor, value in zip(self._written, self._before, strict=True):
+            # .data: the user's graph must not notice.
+            tensor.data.copy_(value)
+
+    def _tensors(self) -> list[torch.Tensor]:
+        leaves: list[Any] = []
+        flatten((self._args, self._kwargs), leaves)
+        found = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+        if isinstance(self._child, nn.Module):
+            found += [*self._child.parameters(), *self._child.buffers()]
+        return list({id(tensor): tensor for tensor in found}.values())
+
+
+def _difference(expected: list[Any], found: list[Any]) -> str | None:
+    if len(expected) != len(found):
+        return f"{len(found)} values, expected {len(expected)}"
+    for number, (a, b) in enumerate(zip(expected, found, strict=True)):
+        if not isinstance(a, torch.Tensor) or not isinstance(b, torch.Tensor):
+            if type(a) is not type(b) or (not isinstance(a, torch.Tensor) and a != b and a == a):
+                return f"value {number} is {b!r}, expected {a!r}"
+            continue
+        if a.dtype != b.dtype or a.shape != b.shape:
+            return f"value {number} is a {b.dtype} of shape {tuple(b.shape)}, expected {a.dtype} of shape {tuple(a.shape)}"
+        if a.numel() == 0:
+            continue
+        tolerance = _TOLERANCE.get(a.dtype)
+        if tolerance is None:
+            if not torch.equal(a, b):
+                return f"value {number} differs"
+            continue
+        wide = torch.complex128 if a.is_complex() else torch.float64
+        a, b = a.to(wide), b.to(wide)
+        finite = a.abs()[torch.isfinite(a.abs())]
+        scale = float(finite.max()) if finite.numel() else 1.0
+        if not torch.allclose(a, b, rtol=tolerance, atol=tolerance * max(scale, 1e-30), equal_nan=True):
+            return f"value {number} differs by up to {float((a - b).abs().nan_to_num().max()):.3g}, where values are up to {scale:.3g}"
+    return None
+
+

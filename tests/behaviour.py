@@ -1,0 +1,313 @@
+"""Observe all that a call does (results, gradients, aliasing, writes, random numbers, warnings) and compare records."""
+
+from __future__ import annotations
+
+import random
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+# Relative to the largest magnitude of the tensor (at least 1): results are sums in another order, so each
+# element is known only up to the size of the terms that were added.
+TOLERANCE = {
+    torch.float64: 1e-10,
+    torch.complex128: 1e-10,
+    torch.float32: 2e-4,
+    torch.complex64: 2e-4,
+    torch.bfloat16: 6e-2,
+    torch.float16: 2e-2,
+}
+
+
+@dataclass(frozen=True)
+class Observation:
+    """What can be seen of one call from outside."""
+
+    error: Exception | None
+    structure: str = ""
+    leaves: tuple[Any, ...] = ()
+    #: For each output tensor, what else it shares memory with, and how it lies in that memory.
+    aliasing: tuple[tuple[Any, ...], ...] = ()
+    #: Inputs and state after the call, by name.
+    after: Mapping[str, Any] = field(default_factory=dict)
+    #: Names of inputs and state that were written in place.
+    written: tuple[str, ...] = ()
+    gradients: Mapping[str, Tensor | None] = field(default_factory=dict)
+    gradient_error: Exception | None = None
+    random_state: Tensor | None = None
+    python_random_state: Any = None
+    warned: tuple[warnings.WarningMessage, ...] = ()
+
+
+def tensors_in(tree: Any) -> list[Tensor]:
+    """All tensors of nested containers, in order."""
+    return [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor)]
+
+
+def clone_tree(tree: Any) -> Any:
+    """Copy nested containers of tensors so that strides, shared memory and ``requires_grad`` stay as they are."""
+    storages: dict[int, torch.UntypedStorage] = {}
+    copies: dict[int, Tensor] = {}
+
+    def clone(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor):
+            return leaf
+        if id(leaf) in copies:
+            return copies[id(leaf)]
+        source = leaf.detach()
+        key = source.untyped_storage()._cdata
+        if key not in storages:
+            storages[key] = source.untyped_storage().clone()
+        copy = torch.empty(0, dtype=leaf.dtype, device=leaf.device)
+        copy.set_(storages[key], source.storage_offset(), source.shape, source.stride())
+        if source.is_conj():
+            copy = copy.conj()
+        if isinstance(leaf, nn.Parameter):
+            copy = nn.Parameter(copy, requires_grad=leaf.requires_grad)
+        else:
+            copy.requires_grad_(leaf.requires_grad)
+        copies[id(leaf)] = copy
+        return copy
+
+    return pytree.tree_map(clone, tree)
+
+
+def _state(module: Any) -> Iterator[tuple[str, Tensor]]:
+    if isinstance(module, nn.Module):
+        yield from module.named_parameters()
+        yield from module.named_buffers()
+
+
+def _named(args: tuple[Any, ...], kwargs: Mapping[str, Any], module: Any) -> dict[str, Tensor]:
+    leaves, _ = pytree.tree_flatten((args, dict(kwargs)))
+    named = {f"input {i}": leaf for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)}
+    named.update((f"state {name}", tensor) for name, tensor in _state(module))
+    return named
+
+
+def _snapshot(tensor: Tensor) -> Tensor:
+    return tensor.detach().clone()
+
+
+def _layout(tensor: Tensor) -> tuple[Any, ...]:
+    return (tuple(tensor.shape), tensor.stride(), tensor.storage_offset())
+
+
+def _memory(tensor: Tensor) -> int | None:
+    storage = tensor.untyped_storage()
+    return storage.data_ptr() if storage.nbytes() else None
+
+
+def _aliasing(outputs: list[Tensor], named: Mapping[str, Tensor]) -> tuple[tuple[Any, ...], ...]:
+    rows: list[tuple[Any, ...]] = []
+    for i, out in enumerate(outputs):
+        others = [*named.items(), *((f"output {j}", outputs[j]) for j in range(i))]
+        row: list[Any] = []
+        for name, other in others:
+            if out is other:
+                row.append(("is", name))
+            elif _memory(out) is not None and _memory(out) == _memory(other):
+                row.append(("shares memory with", name, *_layout(out)))
+        rows.append(tuple(row))
+    return tuple(rows)
+
+
+def _gradients(
+    outputs: list[Tensor], leaves: Mapping[str, Tensor], second: bool
+) -> tuple[dict[str, Tensor | None], Exception | None]:
+    wanted = {name: leaf for name, leaf in leaves.items() if leaf.requires_grad}
+    differentiable = [out for out in outputs if out.requires_grad]
+    if not wanted or not differentiable:
+        return {}, None
+    generator = torch.Generator().manual_seed(7)
+    total = torch.zeros((), dtype=torch.float64)
+    for out in differentiable:
+        cotangent = torch.rand(out.shape, generator=generator, dtype=torch.float64) + 0.5
+        product = out * cotangent.to(out.dtype)
+        total = total + (product.real + product.imag if product.is_complex() else product).sum().to(torch.float64)
+    found: dict[str, Tensor | None] = {}
+    try:
+        first = torch.autograd.grad(total, list(wanted.values()), allow_unused=True, create_graph=second)
+        found.update(zip(wanted, first))
+        if second:
+            again = [g for g in first if g is not None and g.requires_grad]
+            if again:
+                energy = sum((g.abs() ** 2).sum().to(torch.float64) for g in again)
+                seconds = torch.autograd.grad(energy, list(wanted.values()), allow_unused=True)
+                found.update((f"second {name}", g) for name, g in zip(wanted, seconds))
+    except Exception as error:
+        return found, error
+    return {name: None if g is None else _snapshot(g) for name, g in found.items()}, None
+
+
+def observe(
+    call: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    module: Any = None,
+    seed: int = 0,
+    gradients: bool = True,
+    second: bool = False,
+    leaves: Mapping[str, Tensor] | None = None,
+) -> Observation:
+    """Run ``call(*args, **kwargs)`` and write down everything that it did.
+
+    ``module`` is where state is read from (``call`` itself if left out); ``leaves`` are what gradients are taken for
+    (by default those inputs and parameters that are leaves and require gradients).
+    """
+    kwargs = dict(kwargs or {})
+    module = call if module is None else module
+    named = _named(args, kwargs, module)
+    before = {name: tensor._version for name, tensor in named.items()}
+    torch.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed)  # noqa: NPY002
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        try:
+            output = call(*args, **kwargs)
+        except Exception as error:
+            return Observation(error=error, warned=tuple(warned))
+    random_state = torch.get_rng_state()
+    python_random_state = random.getstate()
+    flat, spec = pytree.tree_flatten(output)
+    outputs = [leaf for leaf in flat if isinstance(leaf, Tensor)]
+    named = {**named, **_named((), {}, module)}
+    after = {name: _snapshot(tensor) for name, tensor in named.items()}
+    written = tuple(name for name, tensor in named.items() if name in before and tensor._version != before[name])
+    aliasing = _aliasing(outputs, named)
+    found: dict[str, Tensor | None] = {}
+    failed: Exception | None = None
+    if gradients:
+        if leaves is None:
+            leaves = {name: t for name, t in named.items() if t.is_leaf and t.requires_grad}
+        found, failed = _gradients(outputs, leaves, second)
+    return Observation(
+        error=None,
+        structure=str(spec),
+        leaves=tuple(flat),
+        aliasing=aliasing,
+        after=after,
+        written=written,
+        gradients=found,
+        gradient_error=failed,
+        random_state=random_state,
+        python_random_state=python_random_state,
+        warned=tuple(warned),
+    )
+
+
+def value_difference(ours: Tensor, theirs: Tensor, tolerance: float | None = None) -> str | None:
+    """How ``ours`` differs from ``theirs``, in words, or None."""
+    if ours.dtype != theirs.dtype:
+        return f"dtype {ours.dtype}, expected {theirs.dtype}"
+    if ours.shape != theirs.shape:
+        return f"shape {tuple(ours.shape)}, expected {tuple(theirs.shape)}"
+    ours, theirs = ours.detach().resolve_conj().resolve_neg(), theirs.detach().resolve_conj().resolve_neg()
+    if not ours.numel():
+        return None
+    if not (ours.is_floating_point() or ours.is_complex()):
+        return None if torch.equal(ours, theirs) else f"values {ours.flatten()[:4]}, expected {theirs.flatten()[:4]}"
+    relative = TOLERANCE[ours.dtype] if tolerance is None else tolerance
+    wide = torch.complex128 if ours.is_complex() else torch.float64
+    a, b = ours.to(wide), theirs.to(wide)
+    finite = b.isfinite()
+    if not torch.equal(finite, a.isfinite()):
+        return f"{int((~a.isfinite()).sum())} values are not finite, expected {int((~finite).sum())}"
+    if not finite.all():
+        same = (a == b) | (a.isnan() & b.isnan()) | finite
+        if not same.all():
+            return "infinities or NaNs differ"
+    if finite.any():
+        gap = (a[finite] - b[finite]).abs().max().item()
+        scale = max(1.0, b[finite].abs().max().item())
+        if gap > relative * scale:
+            return f"values differ by {gap:.3g} (largest {scale:.3g}): {a.flatten()[:4]}, expected {b.flatten()[:4]}"
+    return None
+
+
+def differences(
+    ours: Observation, theirs: Observation, *, tolerance: float | None = None, ignore: frozenset[str] = frozenset()
+) -> list[str]:
+    """Every way in which ``ours`` differs from ``theirs``; the empty list says that no user could tell them apart."""
+    if theirs.error is not None:
+        if ours.error is None:
+            return [f"no error, expected {type(theirs.error).__name__}: {theirs.error}"]
+        if not isinstance(ours.error, type(theirs.error)):
+            raised, expected = (f"{type(run.error).__name__}: {run.error}" for run in (ours, theirs))
+            return [f"{raised}; expected {expected}"]
+        return []
+    if ours.error is not None:
+        return [f"raised {type(ours.error).__name__}: {ours.error}"]
+    found: list[str] = []
+    if ours.structure != theirs.structure:
+        return [f"structure {ours.structure}, expected {theirs.structure}"]
+    number = -1
+    for i, (a, b) in enumerate(zip(ours.leaves, theirs.leaves)):
+        number += isinstance(b, Tensor)
+        if isinstance(a, Tensor) != isinstance(b, Tensor):
+            return [f"result {i} is a {type(a).__name__}, expected a {type(b).__name__}"]
+        if not isinstance(b, Tensor):
+            same = type(a) is type(b) and (a == b or (a != a and b != b))
+            if not same:
+                found.append(f"result {i} is {a!r}, expected {b!r}")
+            continue
+        difference = value_difference(a, b, tolerance)
+        if difference:
+            found.append(f"result {i}: {difference}")
+            continue
+        if type(a) is not type(b):
+            found.append(f"result {i} is a {type(a).__name__}, expected a {type(b).__name__}")
+        if b.is_contiguous() and not a.is_contiguous():
+            found.append(f"result {i} has strides {a.stride()}, expected contiguous {b.stride()}")
+        if a.requires_grad != b.requires_grad:
+            found.append(f"result {i} has requires_grad={a.requires_grad}, expected {b.requires_grad}")
+        elif a.is_leaf != b.is_leaf:
+            found.append(f"result {i} has is_leaf={a.is_leaf}, expected {b.is_leaf}")
+        if a.is_conj() != b.is_conj() and "conj" not in ignore:
+            found.append(f"result {i} has is_conj={a.is_conj()}, expected {b.is_conj()}")
+        if "aliasing" not in ignore and ours.aliasing[number] != theirs.aliasing[number]:
+            found.append(f"result {i} aliases {ours.aliasing[number]}, expected {theirs.aliasing[number]}")
+    if ours.written != theirs.written:
+        found.append(f"wrote {ours.written}, expected {theirs.written}")
+    if ours.after.keys() != theirs.after.keys():
+        found.append(f"state is {sorted(ours.after)}, expected {sorted(theirs.after)}")
+    for name in theirs.after:
+        if name in ours.after:
+            difference = value_difference(ours.after[name], theirs.after[name], tolerance)
+            if difference:
+                found.append(f"{name} after the call: {difference}")
+    if theirs.random_state is not None and not torch.equal(ours.random_state, theirs.random_state):
+        found.append("torch's random stream is at another place")
+    if ours.python_random_state != theirs.python_random_state:
+        found.append("Python's random stream is at another place")
+    # Where eager's own backward fails (a saved tensor was overwritten), an optimized one need not.
+    if theirs.gradient_error is None:
+        if ours.gradient_error is not None:
+            found.append(f"backward raised {type(ours.gradient_error).__name__}: {ours.gradient_error}")
+        else:
+            found.extend(_gradient_differences(ours.gradients, theirs.gradients, tolerance))
+    return found
+
+
+def _gradient_differences(
+    ours: Mapping[str, Tensor | None], theirs: Mapping[str, Tensor | None], tolerance: float | None
+) -> Iterator[str]:
+    # Second gradients sum squares of first ones, so their rounding is looser.
+    for name, expected in theirs.items():
+        got = ours.get(name)
+        if expected is None or got is None:
+            # A zero gradient and none are told apart by optimizers with weight decay, so both count.
+            if (expected is None) != (got is None):
+                yield f"gradient of {name} is {got}, expected {expected}"
+            continue
+        difference = value_difference(got, expected, tolerance)
+        if difference:
+            yield f"gradient of {name}: {difference}"

@@ -1,0 +1,1044 @@
+"""Seeded random programs, as Python source, that hold a library which rewrites linear algebra to what eager torch does.
+
+``python tests/fuzzer.py --seed 17`` prints program 17 and checks it; ``--count 1000`` checks a range of seeds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import re
+import string
+import sys
+import textwrap
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).parent))
+
+from behaviour import TOLERANCE, Observation, clone_tree, differences, observe
+
+# Values stay within these bounds while a program is generated, so that 1e-10 means rounding and nothing else.
+LARGEST, SMALLEST_DIVISOR, LARGEST_NUMEL, LARGEST_RANK = 1e4, 1e-2, 4096, 5
+LETTERS = string.ascii_lowercase + string.ascii_uppercase
+
+
+@dataclass(frozen=True)
+class Profile:
+    """Which kinds of statements a program may hold, with weights."""
+
+    name: str
+    weights: Mapping[str, float]
+    dtypes: tuple[torch.dtype, ...]
+    dtype_weights: tuple[float, ...]
+    regions: bool = True
+    aliased_inputs: bool = True
+    #: All forms of einsum (ellipsis, sublists, implicit output, spaces), or plain explicit text only.
+    all_forms: bool = True
+    statements: tuple[int, int] = (4, 11)
+
+
+EVERYTHING = Profile(
+    name="everything",
+    weights={
+        "einsum": 8,
+        "matmul": 4,
+        "scalar": 7,
+        "binary": 3,
+        "unary": 1.5,
+        "view": 3.5,
+        "reduce": 1,
+        "in_place": 1.5,
+        "indexed_write": 0.5,
+        "join": 0.5,
+        "region": 0.8,
+        "branch": 0.3,
+        "split": 0.3,
+    },
+    dtypes=(torch.float64, torch.int64, torch.complex128, torch.float32),
+    dtype_weights=(6, 2, 1.5, 1),
+)
+
+PURE = replace(
+    EVERYTHING,
+    name="pure",
+    weights={"einsum": 8, "matmul": 3, "scalar": 8, "binary": 3, "unary": 0.7, "view": 2, "reduce": 0.5},
+    regions=False,
+    aliased_inputs=False,
+)
+
+# What opt_einsum_fx says it supports: einsum, multiplication and division, scalars; nothing in place.
+PREDECESSOR = replace(
+    PURE,
+    name="predecessor",
+    weights={"einsum": 6, "scalar": 6, "binary": 3, "unary": 0.5},
+    dtypes=(torch.float64,),
+    dtype_weights=(1,),
+    all_forms=False,
+    statements=(3, 8),
+)
+
+PROFILES = {profile.name: profile for profile in (EVERYTHING, PURE, PREDECESSOR)}
+
+
+@dataclass(frozen=True)
+class Input:
+    """One argument or one tensor of the module: an expression that builds it, for each of the two sets of sizes."""
+
+    name: str
+    expressions: tuple[str, ...]
+    requires_grad: bool = False
+    leaf: bool = True
+
+
+@dataclass(frozen=True)
+class Program:
+    """A random module, its inputs in two sets of sizes, and what may be said about it."""
+
+    seed: int
+    profile: str
+    body: str
+    inputs: tuple[Input, ...]
+    state: tuple[Input, ...]
+    tolerance: float
+    default_sizes: tuple[Mapping[str, int], ...]
+
+    @property
+    def source(self) -> str:
+        """The module as Python text."""
+        lines = ["class Program(torch.nn.Module):", "    def __init__(self):", "        super().__init__()"]
+        lines.append("        g = torch.Generator().manual_seed(1)")
+        for item in self.state:
+            if item.name.startswith("w"):
+                built = f"torch.nn.Parameter({item.expressions[0]}, requires_grad={item.requires_grad})"
+                lines.append(f"        self.{item.name} = {built}")
+            else:
+                lines.append(f"        self.register_buffer({item.name!r}, {item.expressions[0]})")
+        lines.append(f"    def forward(self, {', '.join(item.name for item in self.inputs)}):")
+        lines.append(textwrap.indent(self.body, "        "))
+        return "\n".join(lines)
+
+    def inputs_source(self, which: int) -> str:
+        """Python text that builds the arguments."""
+        lines = []
+        for item in self.inputs:
+            lines.append(f"{item.name} = {item.expressions[which]}")
+        lines.extend(f"{item.name}.requires_grad_()" for item in self.inputs if item.requires_grad)
+        return "\n".join(lines)
+
+    def build(self) -> nn.Module:
+        """Make the module."""
+        scope: dict[str, Any] = {"torch": torch}
+        exec(compile(self.source, f"<program {self.seed}>", "exec"), scope)
+        module = scope["Program"]()
+        assert isinstance(module, nn.Module)
+        return module
+
+    def arguments(self, which: int, seed: int) -> tuple[Tensor, ...]:
+        """Make the arguments for one set of sizes."""
+        scope: dict[str, Any] = {"torch": torch, "g": torch.Generator().manual_seed(seed)}
+        for item in self.inputs:
+            scope[item.name] = eval(item.expressions[which], scope)
+        arguments = clone_tree(tuple(scope[item.name] for item in self.inputs))
+        for item, argument in zip(self.inputs, arguments):
+            argument.requires_grad_(item.requires_grad)
+        return tuple(arguments)
+
+    def reproduction(self, which: int) -> str:
+        """A script that shows both results."""
+        names = ", ".join(item.name for item in self.inputs)
+        return (
+            f"# program {self.seed}, profile {self.profile}\n"
+            "import copy, torch\nfrom lazy_einsum import OptimizedModule\n\n"
+            f"{self.source}\n\ng = torch.Generator().manual_seed(2)\n{self.inputs_source(which)}\n"
+            f"child = Program()\nargs = ({names},)\n"
+            "fresh = copy.deepcopy([a.detach() for a in args])  # keeps shared memory, as writes need\n"
+            "print(OptimizedModule(copy.deepcopy(child))(*args))\nprint(child(*fresh))\n"
+        )
+
+
+class Rejected(Exception):
+    """A statement that eager torch refuses, or whose values leave the bounds."""
+
+
+@dataclass(frozen=True)
+class Value:
+    """A tensor of the program under construction: its name and the symbolic size of each dimension."""
+
+    name: str
+    dims: tuple[str, ...]
+    dtype: torch.dtype
+
+    @property
+    def rank(self) -> int:
+        return len(self.dims)
+
+
+class Generator:
+    """Builds one program; each statement is executed in both sets of sizes before it is kept."""
+
+    def __init__(self, seed: int, profile: Profile) -> None:
+        self.random = random.Random(seed * 7919 + 13)
+        self.seed = seed
+        self.profile = profile
+        self.lines: list[str] = []
+        self.indent = 0
+        self.values: list[Value] = []
+        self.counter = 0
+        self.used: set[str] = set()
+        self.pinned: set[str] = set()
+        self.low_precision = False
+
+    # -- the way a program comes about ---------------------------------------------------------------------------
+
+    def program(self) -> Program:
+        rng = self.random
+        first = {symbol: rng.choice((2, 3, 3, 4, 5)) for symbol in "ABCDE"}
+        if rng.random() < 0.3:
+            first[rng.choice("ABCDE")] = 1
+        second = {symbol: rng.choice((1, 2, 3, 4, 6)) for symbol in "ABCDE"}
+        dtype = rng.choices(self.profile.dtypes, self.profile.dtype_weights)[0]
+        self.dtype = dtype
+        inputs, state, dims = self._declare(dtype)
+        for symbol in self.pinned:
+            second[symbol] = first[symbol]
+        self.sizes = (first, second)
+        self.environments: list[dict[str, Any]] = []
+        built_inputs: list[Input] = []
+        built_state: list[Input] = []
+        for item, template in inputs:
+            built_inputs.append(replace(item, expressions=tuple(template(sizes) for sizes in self.sizes)))
+        for item, template in state:
+            built_state.append(replace(item, expressions=tuple(template(sizes) for sizes in self.sizes)))
+        shell = Program(self.seed, self.profile.name, "", tuple(built_inputs), tuple(built_state), 0.0, (first, second))
+        for which in range(2):
+            module = replace(shell, body="pass").build()
+            arguments = shell.arguments(which, 2)
+            scope: dict[str, Any] = {"torch": torch, "self": module}
+            for item, argument in zip(built_inputs, arguments):
+                scope[item.name] = argument if item.leaf else argument.clone()
+            self.environments.append(scope)
+        for item in (*built_inputs, *built_state):
+            name = item.name if item in built_inputs else f"self.{item.name}"
+            self.values.append(Value(name, dims[item.name], dtype))
+        for _ in range(rng.randint(*self.profile.statements)):
+            self._statement()
+        returned = self._returns()
+        if self.low_precision:
+            tolerance = TOLERANCE[torch.float32]
+        else:
+            tolerance = TOLERANCE[torch.float64]
+        body = "\n".join([*self.lines, f"return {returned}"])
+        return replace(shell, body=body, tolerance=tolerance)
+
+    def _declare(self, dtype: torch.dtype) -> tuple[list[Any], list[Any], dict[str, tuple[str, ...]]]:
+        rng = self.random
+        differentiable = dtype.is_floating_point or dtype.is_complex
+        dims: dict[str, tuple[str, ...]] = {}
+        inputs: list[tuple[Input, Callable[[Mapping[str, int]], str]]] = []
+        for i in range(rng.randint(1, 3)):
+            name = f"x{i}"
+            if i and self.profile.aliased_inputs and rng.random() < 0.08:
+                base, _ = rng.choice(inputs)
+                if base.leaf:
+                    form, shape = self._alias(base.name, dims[base.name])
+                    dims[name] = shape
+                    inputs.append(
+                        (Input(name, (), base.requires_grad and rng.random() < 0.7), lambda sizes, form=form: form)
+                    )
+                    continue
+            rank = rng.choices((0, 1, 2, 3, 4), (0.3, 1.5, 5, 3, 0.5))[0]
+            shape = tuple(rng.choices("ABCDE1", (3, 3, 3, 1.5, 1, 0.7))[0] for _ in range(rank))
+            dims[name] = shape
+            requires_grad = differentiable and rng.random() < 0.6
+            leaf = not (requires_grad and rng.random() < 0.4)
+            inputs.append(
+                (Input(name, (), requires_grad, leaf), self._tensor(shape, dtype, strided=rng.random() < 0.25))
+            )
+        state: list[tuple[Input, Callable[[Mapping[str, int]], str]]] = []
+        for i in range(rng.choices((0, 1, 2), (4, 3, 2))[0]):
+            parameter = differentiable and rng.random() < 0.7
+            name = f"w{i}" if parameter else f"b{i}"
+            shape = tuple(rng.choices("ABCDE", (3, 3, 3, 1.5, 1))[0] for _ in range(rng.randint(1, 3)))
+            dims[name] = shape
+            self.pinned.update(shape)
+            state.append(
+                (Input(name, (), parameter and rng.random() < 0.85), self._tensor(shape, dtype, strided=False))
+            )
+        return inputs, state, dims
+
+    def _tensor(self, shape: tuple[str, ...], dtype: torch.dtype, strided: bool) -> Callable[[Mapping[str, int]], str]:
+        order = list(range(len(shape)))
+        self.random.shuffle(order)
+        step = self.random.random() < 0.4
+
+        def expression(sizes: Mapping[str, int]) -> str:
+            lengths = [sizes.get(symbol, 1) for symbol in shape]
+            if strided and shape:
+                lengths = [lengths[axis] for axis in order]
+                if step:
+                    lengths[-1] *= 2
+            size = f"({', '.join(map(str, lengths))}{',' if len(lengths) == 1 else ''})"
+            if dtype.is_floating_point or dtype.is_complex:
+                text = f"torch.randn({size}, generator=g, dtype={dtype})"
+            else:
+                text = f"torch.randint(-5, 6, {size}, generator=g, dtype={dtype})"
+            if strided and shape:
+                if step:
+                    text += "[..., ::2]"
+                inverse = [order.index(axis) for axis in range(len(shape))]
+                text += f".permute({', '.join(map(str, inverse))})"
+            return text
+
+        return expression
+
+    def _alias(self, name: str, shape: tuple[str, ...]) -> tuple[str, tuple[str, ...]]:
+        kind = self.random.randrange(3)
+        if kind == 0 and len(shape) == 2:
+            return f"{name}.t()", (shape[1], shape[0])
+        if kind == 1 and shape:
+            return f"{name}[0]", shape[1:]
+        return f"{name}.view_as({name})", shape
+
+    # -- statements -----------------------------------------------------------------------------------------------
+
+    def _statement(self) -> None:
+        names, weights = zip(*self.profile.weights.items())
+        for _ in range(12):
+            kind = self.random.choices(names, weights)[0]
+            try:
+                getattr(self, f"_{kind}")()
+            except Rejected:
+                continue
+            return
+
+    def _keep(self, code: str, dims: tuple[str, ...] | None) -> Value:
+        """Run ``NAME = code`` everywhere and remember the result, or raise Rejected."""
+        name = f"v{self.counter}"
+        results = self._run(f"{name} = {code}", name)
+        if dims is not None:
+            for result, sizes in zip(results, self.sizes):
+                expected = tuple(self._size(symbol, sizes) for symbol in dims)
+                assert tuple(result.shape) == expected, f"{code}: {tuple(result.shape)} != {expected}"
+        self.counter += 1
+        self.used.update(re.findall(r"\b(?:self\.)?[a-z]\d+\b", code))
+        value = Value(name, dims or (), results[0].dtype)
+        self.values.append(value)
+        self.lines.append("    " * self.indent + f"{name} = {code}")
+        return value
+
+    def _size(self, symbol: str, sizes: Mapping[str, int]) -> int:
+        if "*" in symbol:
+            product = 1
+            for factor in symbol.split("*"):
+                product *= self._size(factor, sizes)
+            return product
+        if symbol.endswith("[1:]"):
+            return max(self._size(symbol[:-4], sizes) - 1, 0)
+        if symbol.endswith("[::2]"):
+            return (self._size(symbol[:-5], sizes) + 1) // 2
+        return 1 if symbol == "1" else sizes[symbol]
+
+    def _run(self, statement: str, name: str | None) -> list[Tensor]:
+        results = []
+        code = compile(statement, "<statement>", "exec")
+        before = (
+            [[(t._version, t) for t in scope.values() if isinstance(t, Tensor)] for scope in self.environments]
+            if name is None
+            else None
+        )
+        for scope in self.environments:
+            try:
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")
+                    exec(code, scope)
+            except Exception as error:
+                if name is None and any(t._version != v for rows in before or () for v, t in rows):
+                    raise AssertionError(f"{statement} failed after it had written") from error
+                if name is not None:
+                    for other in self.environments:
+                        other.pop(name, None)
+                raise Rejected from error
+            if name is not None:
+                results.append(scope[name])
+        for result in results:
+            self._bounded(result)
+        return results
+
+    def _bounded(self, tensor: Tensor) -> None:
+        assert isinstance(tensor, Tensor)
+        if tensor.numel() > LARGEST_NUMEL or tensor.dim() > LARGEST_RANK:
+            raise Rejected
+        if tensor.dtype in (torch.float32, torch.complex64, torch.float16, torch.bfloat16):
+            self.low_precision = True
+        if tensor.numel() and (tensor.is_floating_point() or tensor.is_complex()):
+            largest = tensor.detach().abs().max().item()
+            if not largest < LARGEST:
+                raise Rejected
+
+    def _write(self, code: str) -> None:
+        """Run a statement that writes in place; undo nothing, so it is tried on copies first."""
+        copies = []
+        for scope in self.environments:
+            tensors = {k: v for k, v in scope.items() if isinstance(v, Tensor)}
+            memo = _copy_environment(tensors, scope["self"])
+            copies.append({"torch": torch, **memo})
+        compiled = compile(code, "<write>", "exec")
+        for trial in copies:
+            try:
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")
+                    exec(compiled, trial)
+            except Exception as error:
+                raise Rejected from error
+            for value in trial.values():
+                if isinstance(value, Tensor):
+                    self._bounded(value)
+        # Autograd's own rules (a leaf, a view of a leaf) hold on the real tensors only, so this may be rejected too.
+        self._run(code, None)
+        self.lines.append("    " * self.indent + code)
+
+    def _pick(self, condition: Callable[[Value], bool] | None = None, recent: float = 0.4) -> Value:
+        candidates = [v for v in self.values if condition is None or condition(v)]
+        if not candidates:
+            raise Rejected
+        draw = self.random.random()
+        if draw < recent:
+            return candidates[-1]
+        unused = [v for v in candidates if v.name not in self.used]
+        if draw < recent + 0.3 and unused:
+            return self.random.choice(unused)
+        return self.random.choice(candidates)
+
+    def _like(self, value: Value) -> Value:
+        return self._pick(lambda v: v.dtype == value.dtype)
+
+    # einsum -------------------------------------------------------------------------------------------------------
+
+    def _einsum(self) -> None:
+        rng = self.random
+        first = self._pick()
+        count = rng.choices((1, 2, 3, 4), (1.5, 6, 2, 0.5))[0]
+        operands = [first] + [self._like(first) for _ in range(count - 1)]
+        if rng.random() < 0.1 and count > 1:
+            operands[1] = operands[0]
+        symbol_of: dict[int, str] = {}
+        labelled: list[list[int]] = []
+        for operand in operands:
+            mine: list[int] = []
+            for symbol in operand.dims:
+                same = [x for x, s in symbol_of.items() if s == symbol and x not in mine]
+                diagonal = [x for x in mine if symbol_of[x] == symbol]
+                broadcast = [x for x, s in symbol_of.items() if x not in mine and (symbol == "1" or s == "1")]
+                if diagonal and rng.random() < 0.12:
+                    label = rng.choice(diagonal)
+                elif same and rng.random() < 0.75:
+                    label = rng.choice(same)
+                elif broadcast and rng.random() < 0.3:
+                    label = rng.choice(broadcast)
+                    if symbol_of[label] == "1":
+                        symbol_of[label] = symbol
+                else:
+                    label = len(symbol_of)
+                    symbol_of[label] = symbol
+                mine.append(label)
+            labelled.append(mine)
+        work = 1
+        for symbol in symbol_of.values():
+            work *= self._size(symbol, self.sizes[0])
+        if work > 30000:
+            raise Rejected
+        uses = {label: sum(mine.count(label) for mine in labelled) for label in symbol_of}
+        output = [x for x in symbol_of if rng.random() < (0.85 if uses[x] == 1 else 0.45)]
+        rng.shuffle(output)
+        output = output[:4]
+        code, dims = self._spell(operands, labelled, output, uses, symbol_of)
+        self._keep(code, dims)
+
+    def _spell(
+        self,
+        operands: Sequence[Value],
+        labelled: list[list[int]],
+        output: list[int],
+        uses: Mapping[int, int],
+        symbol_of: Mapping[int, str],
+    ) -> tuple[str, tuple[str, ...]]:
+        rng = self.random
+        form = rng.random() if self.profile.all_forms else 1.0
+        names = ", ".join(v.name for v in operands)
+        function = rng.choice(("torch.einsum", "torch.einsum", "torch.einsum", "torch.functional.einsum"))
+        if form < 0.1:
+            parts = ", ".join(f"{v.name}, {mine}" for v, mine in zip(operands, labelled))
+            return f"torch.einsum({parts}, {output})", tuple(symbol_of[x] for x in output)
+        letters = rng.sample(LETTERS if rng.random() < 0.3 else string.ascii_lowercase, len(symbol_of))
+        text = ["".join(letters[x] for x in mine) for mine in labelled]
+        target = "".join(letters[x] for x in output)
+        if form < 0.25:
+            singles = sorted((x for x in symbol_of if uses[x] == 1), key=lambda x: letters[x])
+            return f"{function}({','.join(text)!r}, {names})", tuple(symbol_of[x] for x in singles)
+        if form < 0.4:
+            # The ellipsis stands for one label that leads every operand that has it.
+            leading = [
+                x for x in symbol_of if all(mine[0] == x and mine.count(x) == 1 for mine in labelled if x in mine)
+            ]
+            if leading:
+                label = rng.choice(leading)
+                text = [t.replace(letters[label], "...") for t in text]
+                text = [t if "..." in t or rng.random() < 0.5 else f"...{t}" for t in text]
+                target = target.replace(letters[label], "...")
+        if form < 0.45:
+            text = [" ".join(t) if "." not in t else f" {t} " for t in text]
+            return f"{function}({' , '.join(text) + ' -> ' + target!r}, {names})", tuple(symbol_of[x] for x in output)
+        equation = f"{','.join(text)}->{target}"
+        if form < 0.5:
+            return f"{function}({equation!r}, [{names}])", tuple(symbol_of[x] for x in output)
+        return f"{function}({equation!r}, {names})", tuple(symbol_of[x] for x in output)
+
+    # matrix products ------------------------------------------------------------------------------------------------
+
+    def _matmul(self) -> None:
+        rng = self.random
+        kind = rng.choice(
+            ("matmul", "matmul", "linear", "tensordot", "tensordot", "outer", "addmm", "bilinear", "multi_dot")
+        )
+        if kind == "outer":
+            a = self._pick(lambda v: v.rank == 1)
+            b = self._pick(lambda v: v.rank == 1 and v.dtype == a.dtype)
+            if a.dims == b.dims and rng.random() < 0.5:
+                self._keep(f"torch.{rng.choice(('dot', 'inner', 'vdot'))}({a.name}, {b.name})", ())
+                return
+            self._keep(f"torch.outer({a.name}, {b.name})", (*a.dims, *b.dims))
+            return
+        if kind == "linear":
+            a = self._pick(lambda v: v.rank >= 1)
+            b = self._pick(lambda v: v.rank == 2 and v.dims[1] == a.dims[-1] and v.dtype == a.dtype)
+            bias = [v for v in self.values if v.dims == (b.dims[0],) and v.dtype == a.dtype]
+            extra = f", {rng.choice(bias).name}" if bias and rng.random() < 0.5 else ""
+            self._keep(f"torch.nn.functional.linear({a.name}, {b.name}{extra})", (*a.dims[:-1], b.dims[0]))
+            return
+        if kind == "tensordot":
+            a = self._pick(lambda v: v.rank >= 1)
+            b = self._pick(lambda v: v.dtype == a.dtype and bool(set(v.dims) & set(a.dims)))
+            shared = rng.choice(sorted(set(a.dims) & set(b.dims)))
+            i = rng.choice([i for i, s in enumerate(a.dims) if s == shared])
+            j = rng.choice([j for j, s in enumerate(b.dims) if s == shared])
+            left = tuple(s for k, s in enumerate(a.dims) if k != i)
+            right = tuple(s for k, s in enumerate(b.dims) if k != j)
+            if i == a.rank - 1 and j == 0 and rng.random() < 0.5:
+                self._keep(f"torch.tensordot({a.name}, {b.name}, {rng.choice(('1', 'dims=1'))})", left + right)
+            else:
+                self._keep(f"torch.tensordot({a.name}, {b.name}, dims=([{i}], [{j}]))", left + right)
+            return
+        if kind == "bilinear":
+            a = self._pick(lambda v: v.rank == 2)
+            b = self._pick(lambda v: v.rank == 2 and v.dims[0] == a.dims[0] and v.dtype == a.dtype)
+            w = self._pick(lambda v: v.rank == 3 and v.dims[1:] == (a.dims[1], b.dims[1]) and v.dtype == a.dtype)
+            self._keep(f"torch.nn.functional.bilinear({a.name}, {b.name}, {w.name})", (a.dims[0], w.dims[0]))
+            return
+        if kind == "addmm":
+            a = self._pick(lambda v: v.rank == 2)
+            b = self._pick(lambda v: v.rank == 2 and v.dims[0] == a.dims[1] and v.dtype == a.dtype)
+            c = self._pick(lambda v: v.dims in ((a.dims[0], b.dims[1]), (b.dims[1],), ()) and v.dtype == a.dtype)
+            scale = f", alpha={rng.choice((1, 2, -3))}, beta={rng.choice((0, 1, 2))}" if rng.random() < 0.6 else ""
+            self._keep(f"torch.addmm({c.name}, {a.name}, {b.name}{scale})", (a.dims[0], b.dims[1]))
+            return
+        if kind == "multi_dot":
+            a = self._pick(lambda v: v.rank == 2)
+            b = self._pick(lambda v: v.rank == 2 and v.dims[0] == a.dims[1] and v.dtype == a.dtype)
+            c = self._pick(lambda v: v.rank in (1, 2) and v.dims[0] == b.dims[1] and v.dtype == a.dtype)
+            self._keep(f"torch.linalg.multi_dot([{a.name}, {b.name}, {c.name}])", (a.dims[0], *c.dims[1:]))
+            return
+        a = self._pick(lambda v: v.rank >= 1)
+        candidates = []
+        for v in self.values:
+            if v.dtype != a.dtype or not v.rank:
+                continue
+            if v.rank == 1:
+                if v.dims[0] == a.dims[-1]:
+                    candidates.append((v, v.name, v.dims))
+                continue
+            if v.dims[-2] == a.dims[-1]:
+                candidates.append((v, v.name, v.dims))
+            if v.dims[-1] == a.dims[-1]:
+                flipped = (*v.dims[:-2], v.dims[-1], v.dims[-2])
+                spelled = rng.choice((f"{v.name}.mT", f"{v.name}.transpose(-1, -2)"))
+                if v.rank == 2:
+                    spelled = rng.choice((spelled, f"{v.name}.T", f"{v.name}.t()"))
+                candidates.append((v, spelled, flipped))
+        if not candidates:
+            raise Rejected
+        _, text, dims = rng.choice(candidates)
+        if a.rank == 1:
+            result = (*dims[:-2], dims[-1]) if len(dims) > 1 else ()
+        elif len(dims) == 1:
+            result = a.dims[:-1]
+        else:
+            result = (*_broadcast(a.dims[:-2], dims[:-2]), a.dims[-2], dims[-1])
+        forms = [f"{a.name} @ {text}", f"torch.matmul({a.name}, {text})", f"{a.name}.matmul({text})"]
+        if a.rank == 2 and len(dims) == 2:
+            forms += [f"torch.mm({a.name}, {text})", f"{a.name}.mm({text})"]
+        if a.rank == 2 and len(dims) == 1:
+            forms.append(f"torch.mv({a.name}, {text})")
+        if a.rank == 3 and len(dims) == 3 and a.dims[0] == dims[0]:
+            forms.append(f"torch.bmm({a.name}, {text})")
+        self._keep(rng.choice(forms), result)
+
+    # scalars ----------------------------------------------------------------------------------------------------------
+
+    def _number(self, dtype: torch.dtype) -> str:
+        rng = self.random
+        integers = ("2", "3", "-1", "5", "-2", "1", "7", "True")
+        floats = ("2.0", "0.5", "-1.5", "0.25", "3.0", "1.7", "-0.3", "1.0")
+        if dtype.is_complex:
+            return rng.choice((*integers, *floats, "2j", "(1+0.5j)", "-1j"))
+        if dtype.is_floating_point:
+            if rng.random() < 0.03 and self.profile.all_forms:
+                return rng.choice(("2j", "(1-1j)"))
+            return rng.choice((*integers, *floats, *floats))
+        if rng.random() < 0.15 and self.profile.all_forms:
+            return rng.choice(floats)
+        return rng.choice((*integers, "9007199254740993"))
+
+    def _scalar(self) -> None:
+        rng = self.random
+        a = self._pick(recent=0.6)
+        number = self._number(a.dtype)
+        integer = not (a.dtype.is_floating_point or a.dtype.is_complex)
+        if rng.random() < 0.08 and a.rank and self.profile.all_forms:
+            number = rng.choice((f"{a.name}.shape[-1]", f"{a.name}.size(0)", f"({a.name}.shape[0] ** 0.5)"))
+        n = a.name
+        forms = [f"{n} * {number}", f"{number} * {n}", f"{n} * {number}", f"{number} * {n}"]
+        forms += [f"{n}.mul({number})", f"-{n}"]
+        if not (integer and rng.random() < 0.7):
+            forms += [f"{n} / {number}", f"{n} / {number}", f"{n}.div({number})"]
+        if self.profile.all_forms:
+            forms += [f"torch.mul({n}, {number})", f"torch.neg({n})", f"{n}.neg()", f"{n} + {number}"]
+            forms += [f"{number} - {n}", f"torch.true_divide({n}, {number})", f"{n} - {number}"]
+            forms += [f"torch.add({n}, {n}, alpha={rng.choice((2, 3))})", f"+{n}", f"torch.multiply({n}, {number})"]
+            if not a.dtype.is_complex and "j" not in number:
+                forms.append(f"{n}.div({number}, rounding_mode={rng.choice(('floor', 'trunc'))!r})")
+        code = rng.choice(forms)
+        if rng.random() < 0.15:
+            self._inverse_scalar(a, number)
+            return
+        if "rounding_mode" in code:
+            self._far_from_steps(f"{n} / {number}")
+        self._keep(code, a.dims)
+
+    def _inverse_scalar(self, a: Value, number: str) -> None:
+        self._away_from_zero(a)
+        self._keep(self.random.choice((f"{number} / {a.name}", f"1.0 / ({number} * {a.name})")), a.dims)
+
+    def _away_from_zero(self, value: Value) -> None:
+        for scope in self.environments:
+            tensor = eval(value.name, scope)
+            if tensor.dtype == torch.bool or (tensor.numel() and tensor.detach().abs().min().item() < SMALLEST_DIVISOR):
+                raise Rejected
+
+    def _far_from_steps(self, code: str) -> None:
+        """Rounding is a step function: reject where the last bit would decide."""
+        for scope in self.environments:
+            with torch.no_grad():
+                try:
+                    tensor = eval(code, scope)
+                except Exception as error:
+                    raise Rejected from error
+            if tensor.is_complex() or tensor.dtype == torch.bool:
+                raise Rejected
+            if tensor.numel() and ((tensor.double() - tensor.double().round()).abs().min().item() < 1e-4):
+                raise Rejected
+
+    # two tensors ------------------------------------------------------------------------------------------------------
+
+    def _binary(self) -> None:
+        rng = self.random
+        a = self._pick()
+        b = self._pick(lambda v: _broadcasts(a.dims, v.dims) and (v.dtype == a.dtype or rng.random() < 0.1))
+        if rng.random() < 0.12:
+            b = a
+        dims = _broadcast(a.dims, b.dims)
+        kinds = ["{a} * {b}", "{a} * {b}", "{a} * {b}", "{a} + {b}", "{a} - {b}", "{a} / {b}", "torch.mul({a}, {b})"]
+        kinds.append("{a}.mul({b})")
+        if self.profile.all_forms:
+            kinds += ["torch.add({a}, {b}, alpha=2)", "torch.sub({a}, {b})", "{a}.div({b})"]
+            kinds += ["torch.where({a} == {a}, {a}, {b})", "torch.addcmul({a}, {b}, {b}, value=2)"]
+        code = rng.choice(kinds)
+        if "/" in code or "div" in code:
+            if a is b:
+                raise Rejected
+            self._away_from_zero(b)
+            if rng.random() < 0.3 and b.dtype.is_floating_point:
+                number = self._number(torch.float64)
+                if "j" not in number:
+                    self._keep(f"{a.name} / ({number} * {b.name})", dims)
+                    return
+        self._keep(code.format(a=a.name, b=b.name), dims)
+
+    def _unary(self) -> None:
+        rng = self.random
+        a = self._pick()
+        n = a.name
+        forms = [f"{n}.clone()", f"{n}.contiguous()", f"{n}.detach()", f"torch.square({n})", f"{n} ** 2"]
+        if a.dtype.is_floating_point:
+            forms += [f"torch.tanh({n})", f"torch.sin({n})", f"torch.sigmoid({n})", f"torch.exp(torch.tanh({n}))"]
+            forms += [f"{n}.double()", f"{n}.to(torch.float64)", f"{n}.tanh()", f"{n} ** 3"]
+            if rng.random() < 0.2:
+                forms.append(f"{n}.float()")
+            if rng.random() < 0.4:
+                self._away_from_zero(a)
+                forms += [f"torch.relu({n})", f"{n}.abs()", f"torch.nn.functional.relu({n})"]
+            if a.rank:
+                forms += [f"torch.softmax({n}, dim=-1)", f"torch.cumsum({n}, dim=0)"]
+        elif a.dtype.is_complex:
+            forms += [f"{n}.conj()", f"{n}.conj()", f"{n}.real", f"{n}.imag", f"torch.conj_physical({n})"]
+        elif a.dtype != torch.bool:
+            forms += [f"{n}.abs()", f"{n} % 5", f"{n} // 2", f"{n}.double()", f"{n} > 0"]
+        if not self.profile.all_forms:
+            forms = [f"torch.tanh({n})", f"{n}.sin()", f"{n}.clone()"]
+        self._keep(rng.choice(forms), a.dims)
+
+    # views ------------------------------------------------------------------------------------------------------------
+
+    def _view(self) -> None:
+        rng = self.random
+        a = self._pick(lambda v: v.rank >= 1)
+        n, dims, rank = a.name, a.dims, a.rank
+        order = list(range(rank))
+        rng.shuffle(order)
+        axis = rng.randrange(rank)
+        options: list[tuple[str, tuple[str, ...]]] = [
+            (f"{n}.permute({', '.join(map(str, order))})", tuple(dims[i] for i in order)),
+            (f"torch.permute({n}, {tuple(order)!r})", tuple(dims[i] for i in order)),
+            (f"{n}.unsqueeze({axis})", (*dims[:axis], "1", *dims[axis:])),
+            (f"{n}[None]", ("1", *dims)),
+            (f"{n}[..., 0]", dims[:-1]),
+            (f"{n}.select({axis}, -1)", (*dims[:axis], *dims[axis + 1 :])),
+            (f"{n}[1:]", (f"{dims[0]}[1:]", *dims[1:])),
+            (f"{n}[..., ::2]", (*dims[:-1], f"{dims[-1]}[::2]")),
+            (f"{n}.reshape(-1)", ("*".join(dims),)),
+            (f"{n}.view_as({n})", dims),
+        ]
+        if rank >= 2:
+            i, j = rng.sample(range(rank), 2)
+            swapped = list(dims)
+            swapped[i], swapped[j] = swapped[j], swapped[i]
+            moved = list(dims)
+            moved.insert(j, moved.pop(i))
+            options += [
+                (f"{n}.transpose({i}, {j})", tuple(swapped)),
+                (f"torch.movedim({n}, {i}, {j})", tuple(moved)),
+                (f"{n}.mT", (*dims[:-2], dims[-1], dims[-2])),
+                (f"{n}.flatten(0, 1)", (f"{dims[0]}*{dims[1]}", *dims[2:])),
+                (f"{n}.reshape({n}.shape[0] * {n}.shape[1], *{n}.shape[2:])", (f"{dims[0]}*{dims[1]}", *dims[2:])),
+                (f"{n}.reshape({n}.shape[0], -1)", (dims[0], "*".join(dims[1:]))),
+                (f"{n}.view({n}.size(0), -1)", (dims[0], "*".join(dims[1:]))),
+            ]
+            if rank == 2:
+                options += [(f"{n}.T", (dims[1], dims[0])), (f"{n}.t()", (dims[1], dims[0]))]
+            if dims[0] == dims[1]:
+                options += [(f"{n}.diagonal()", (*dims[2:], dims[0]))] * 2
+                if rank == 2:
+                    options += [(f"torch.trace({n})", ()), (f"torch.diagonal({n}, 0)", (dims[0],))]
+            if rng.random() < 0.3:
+                other = rng.choice([v for v in self.values if v.rank])
+                options.append((f"{n}[None].expand({other.name}.shape[0], *{n}.shape)", (other.dims[0], *dims)))
+        if "1" in dims:
+            where = dims.index("1")
+            options += [(f"{n}.squeeze({where})", (*dims[:where], *dims[where + 1 :]))] * 3
+            other = rng.choice([v for v in self.values if v.rank])
+            size = f"{other.name}.shape[0]"
+            spread = ", ".join(size if i == where else "-1" for i in range(rank))
+            options.append((f"{n}.expand({spread})", (*dims[:where], other.dims[0], *dims[where + 1 :])))
+        code, result = rng.choice(options)
+        # A slice of merged dimensions has no name that can be told from a merger with a slice.
+        if any(len(symbol) > 24 for symbol in result) or ("*" in "".join(dims) and ("[1:]" in code or "::2" in code)):
+            raise Rejected
+        self._keep(code, result)
+
+    def _reduce(self) -> None:
+        rng = self.random
+        a = self._pick(lambda v: v.rank >= 1)
+        axis = rng.randrange(a.rank)
+        rest = (*a.dims[:axis], *a.dims[axis + 1 :])
+        n = a.name
+        options = [
+            (f"{n}.sum({axis})", rest),
+            (f"torch.sum({n}, dim={axis})", rest),
+            (f"{n}.sum({axis}, keepdim=True)", (*a.dims[:axis], "1", *a.dims[axis + 1 :])),
+            (f"{n}.sum(dim=({axis},))", rest),
+            (f"{n}.sum()", ()),
+        ]
+        if a.dtype.is_floating_point:
+            options += [(f"{n}.mean({axis})", rest), (f"{n}.sum({axis}, dtype=torch.float64)", rest)]
+        code, result = rng.choice(options)
+        self._keep(code, result)
+
+    def _join(self) -> None:
+        a = self._pick(lambda v: v.rank >= 1)
+        b = self._pick(lambda v: v.dims == a.dims and v.dtype == a.dtype)
+        if self.random.random() < 0.5:
+            self._keep(f"torch.stack([{a.name}, {b.name}]).sum(0)", a.dims)
+        else:
+            self._keep(f"torch.cat([{a.name}, {b.name}], dim=0)[:{a.name}.shape[0]]", a.dims)
+
+    def _split(self) -> None:
+        a = self._pick(lambda v: v.rank >= 2)
+        part = self.random.choice((f"{a.name}.unbind(0)[0]", f"torch.unbind({a.name}, 0)[-1]", f"list({a.name})[0]"))
+        self._keep(part, a.dims[1:])
+
+    # effects ----------------------------------------------------------------------------------------------------------
+
+    def _in_place(self) -> None:
+        rng = self.random
+        a = self._pick(lambda v: not v.name.startswith("self.w"))
+        number = self._number(a.dtype)
+        n = a.name
+        others = [v for v in self.values if _fits(v.dims, a.dims) and v.dtype == a.dtype]
+        b = rng.choice(others).name
+        forms = [
+            f"{n}.mul_({number})",
+            f"{n}.add_({number})",
+            f"{n}.add_({b})",
+            f"{n}.neg_()",
+            f"{n}.add_({b}, alpha=2)",
+        ]
+        forms += [f"{n}.copy_({b})", f"{n}.mul_({b})", f"{n}.fill_(1)", f"{n}.zero_()"]
+        forms += [f"{n} *= {number}", f"{n} += {b}", f"{n} -= {number}"] if "." not in n else []
+        if a.dtype.is_floating_point or a.dtype.is_complex:
+            forms += [f"{n}.div_({number})", f"{n}.tanh_()"]
+        if a.dtype.is_complex and rng.random() < 0.3:
+            forms.append(f"{n}.conj_physical_()")
+        self._write(rng.choice(forms))
+
+    def _indexed_write(self) -> None:
+        rng = self.random
+        a = self._pick(lambda v: v.rank >= 1 and not v.name.startswith("self.w"))
+        n = a.name
+        where, rest = rng.choice(
+            (("0", a.dims[1:]), ("..., 0", a.dims[:-1]), ("1:", (f"{a.dims[0]}[1:]", *a.dims[1:])))
+        )
+        others = [v.name for v in self.values if _fits(v.dims, rest) and v.dtype == a.dtype]
+        right = rng.choice([*others, self._number(a.dtype)])
+        self._write(f"{n}[{where}] {rng.choice(('=', '+=', '*='))} {right}")
+
+    def _region(self) -> None:
+        if self.indent:
+            raise Rejected
+        header, context = self.random.choice(
+            (
+                ("with torch.no_grad():", torch.no_grad),
+                ("with torch.no_grad():", torch.no_grad),
+                ("with torch.set_grad_enabled(False):", torch.no_grad),
+                ("with torch.enable_grad():", torch.enable_grad),
+            )
+        )
+        self.lines.append(header)
+        start = len(self.lines)
+        with self._indented(), context():
+            for _ in range(self.random.randint(1, 3)):
+                self._statement()
+        if len(self.lines) == start:
+            self.lines.pop()
+            raise Rejected
+
+    @contextmanager
+    def _indented(self) -> Iterator[None]:
+        self.indent += 1
+        try:
+            yield
+        finally:
+            self.indent -= 1
+
+    def _branch(self) -> None:
+        a = self._pick(lambda v: v.rank >= 1)
+        b = self._pick(lambda v: v.dims == a.dims and v.dtype == a.dtype)
+        self._keep(f"2 * {a.name} if {a.name}.shape[0] > 2 else {b.name} * 3", a.dims)
+
+    def _returns(self) -> str:
+        rng = self.random
+        computed = [v for v in self.values if v.name.startswith("v")]
+        if not computed:
+            return self.values[-1].name
+        chosen = [computed[-1].name]
+        for _ in range(rng.choices((0, 1, 2, 3), (5, 3, 1.5, 0.5))[0]):
+            chosen.append(self._pick(lambda v: not v.name.startswith("self.")).name)
+        rng.shuffle(chosen)
+        if len(chosen) == 1:
+            return rng.choices((chosen[0], f"({chosen[0]},)", f"{{'out': {chosen[0]}}}"), (8, 1, 1))[0]
+        form = rng.random()
+        if form < 0.6:
+            return f"({', '.join(chosen)})"
+        if form < 0.8:
+            return f"[{', '.join(chosen)}]"
+        return f"{{'a': {chosen[0]}, 'rest': [{', '.join(chosen[1:])}]}}"
+
+
+def _copy_environment(tensors: Mapping[str, Tensor], module: nn.Module) -> dict[str, Any]:
+    state = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    with torch.no_grad():
+        plain = clone_tree({"env": dict(tensors), "state": state})
+
+    class Holder:
+        pass
+
+    holder = Holder()
+    for name, tensor in plain["state"].items():
+        setattr(holder, name, tensor.detach())
+    return {**{name: tensor.detach() for name, tensor in plain["env"].items()}, "self": holder}
+
+
+def _broadcasts(a: tuple[str, ...], b: tuple[str, ...]) -> bool:
+    return all(x == y or "1" in (x, y) for x, y in zip(reversed(a), reversed(b)))
+
+
+def _broadcast(a: tuple[str, ...], b: tuple[str, ...]) -> tuple[str, ...]:
+    if not _broadcasts(a, b):
+        raise Rejected
+    longer, shorter = (a, b) if len(a) >= len(b) else (b, a)
+    padded = ("1",) * (len(longer) - len(shorter)) + shorter
+    return tuple(y if x == "1" else x for x, y in zip(longer, padded))
+
+
+def _fits(small: tuple[str, ...], large: tuple[str, ...]) -> bool:
+    return len(small) <= len(large) and all(x in (y, "1") for x, y in zip(reversed(small), reversed(large)))
+
+
+def generate(seed: int, profile: Profile = EVERYTHING) -> Program:
+    """The program of a seed: the same on every machine and in every process."""
+    return Generator(seed, profile).program()
+
+
+# -- checking --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Failure:
+    """What went wrong with a program."""
+
+    program: Program
+    call: str
+    which: int
+    problems: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return f"call {self.call}: " + "; ".join(self.problems) + "\n" + self.program.reproduction(self.which)
+
+
+def _call(program: Program, target: Callable[..., Any], module: nn.Module, which: int, seed: int) -> Observation:
+    leaves = program.arguments(which, seed)
+    passed = tuple(a if item.leaf else a.clone() for item, a in zip(program.inputs, leaves))
+    wanted = {item.name: a for item, a in zip(program.inputs, leaves)}
+    wanted.update(module.named_parameters())
+    return observe(target, passed, module=module, leaves=wanted)
+
+
+#: Name of the call, set of sizes, seed of the values, grad mode on.
+CALLS: tuple[tuple[str, int, int, bool], ...] = (
+    ("first", 0, 2, True),
+    ("again with other values", 0, 3, True),
+    ("other sizes", 1, 4, True),
+    ("no_grad", 0, 5, False),
+)
+
+
+def check(
+    program: Program,
+    wrap: Callable[[nn.Module], Callable[..., Any]],
+    *,
+    values_only: bool = False,
+    calls: Sequence[tuple[str, int, int, bool]] = CALLS,
+) -> Failure | None:
+    """Run a program through ``wrap`` and in eager; the first difference, or None.
+
+    ``values_only`` leaves out memory, strides and gradients: what a library promises that only says "same numbers".
+    """
+    expected_module, module = program.build(), program.build()
+    wrapped = wrap(module)
+    for name, which, seed, grad in calls:
+        with torch.set_grad_enabled(grad):
+            theirs = _call(program, expected_module, expected_module, which, seed)
+            ours = _call(program, wrapped, module, which, seed)
+        if values_only:
+            problems = _values_only(ours, theirs, program.tolerance)
+        else:
+            problems = differences(ours, theirs, tolerance=program.tolerance)
+            fallen = [str(w.message) for w in ours.warned if w.category.__name__ == "FallbackWarning"]
+            problems += [f"fell back: {text}" for text in fallen]
+        if problems:
+            return Failure(program, name, which, tuple(problems))
+    return None
+
+
+def _values_only(ours: Observation, theirs: Observation, tolerance: float) -> list[str]:
+    bare = {"aliasing": (), "written": (), "gradients": {}, "random_state": None, "python_random_state": None}
+    found = differences(
+        replace(ours, **bare), replace(theirs, **bare), tolerance=tolerance, ignore=frozenset({"aliasing"})
+    )
+    return [text for text in found if "strides" not in text and "requires_grad" not in text and "is_leaf" not in text]
+
+
+def main() -> int:
+    """Command line: check seeds, print what fails."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--count", type=int, default=1)
+    parser.add_argument("--profile", default="everything", choices=sorted(PROFILES))
+    parser.add_argument("--against", default="lazy_einsum", choices=("lazy_einsum", "opt_einsum_fx", "eager"))
+    parser.add_argument("--stop", type=int, default=3, help="stop after this many failures (0: never)")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    failures: list[Failure] = []
+    start = time.perf_counter()
+    for seed in range(options.seed, options.seed + options.count):
+        program = generate(seed, PROFILES[options.profile])
+        if options.count == 1:
+            print(program.reproduction(0))
+        failure = check_against(options.against, program)
+        if failure is not None:
+            failures.append(failure)
+            if options.against == "lazy_einsum":
+                print(f"--- {failure}")
+            if options.stop and len(failures) >= options.stop:
+                break
+    elapsed = time.perf_counter() - start
+    checked = seed - options.seed + 1
+    print(f"{len(failures)} of {checked} programs failed in {elapsed:.1f} s ({options.profile}, {options.against})")
+    if options.against == "opt_einsum_fx":
+        wrong = [f for f in failures if not any(p.startswith("raised") for p in f.problems)]
+        print(f"wrong results: {len(wrong)}; crashes: {len(failures) - len(wrong)}")
+    return 1 if failures else 0
+
+
+def check_against(library: str, program: Program) -> Failure | None:
+    """Check a program with a named library."""
+    if library == "eager":
+        return check(program, lambda module: module)
+    if library == "opt_einsum_fx":
+        import opt_einsum_fx
+
+        arguments = program.arguments(0, 2)
+
+        def wrap(module: nn.Module) -> Callable[..., Any]:
+            def call(*args: Any) -> Any:
+                # Its default, "optimal", needs minutes for what it fuses from some programs.
+                return opt_einsum_fx.optimize_einsums_full(module, arguments, {"optimize": "greedy"})(*args)
+
+            return call
+
+        return check(program, wrap, values_only=True, calls=CALLS[:1])
+    from lazy_einsum import OptimizedModule
+
+    return check(program, OptimizedModule)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
