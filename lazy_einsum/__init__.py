@@ -1,1 +1,43 @@
-"""Optimized einsums for PyTorch modules."""
+"""Optimized einsums for PyTorch modules: wrap a model in ``OptimizedModule`` and use it as before."""
+
+from .errors import (
+    CacheThrashWarning,
+    EquationError,
+    FallbackWarning,
+    LazyEinsumError,
+    LazyEinsumWarning,
+    MemoryLimitError,
+    PlanFileError,
+    UntraceableError,
+)
+from .functional import EfficientShapeProp, fuse_einsums, fuse_scalars, jitable, optimize_einsums, optimize_einsums_full
+from .module import CacheInfo, OptimizedModule, disabled
+from .report import Report
+from .signature import Signature, TensorType
+from .specialize import Specialization
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "CacheInfo",
+    "CacheThrashWarning",
+    "EfficientShapeProp",
+    "EquationError",
+    "FallbackWarning",
+    "LazyEinsumError",
+    "LazyEinsumWarning",
+    "MemoryLimitError",
+    "OptimizedModule",
+    "PlanFileError",
+    "Report",
+    "Signature",
+    "Specialization",
+    "TensorType",
+    "UntraceableError",
+    "disabled",
+    "fuse_einsums",
+    "fuse_scalars",
+    "jitable",
+    "optimize_einsums",
+    "optimize_einsums_full",
+]

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import random
 import sys
 from collections.abc import Callable, Sequence
@@ -102,35 +103,45 @@ def inner_state() -> tuple[object, ...]:
 
 
 class RandomState:
-    """The state of the random generators of torch (CPU), Python and NumPy, to find out whether code drew from them or seeded them."""
+    """Keeps the random generators of torch (CPU), Python and NumPy, to find out whether code draws from them or seeds them.
+
+    Until ``restore`` they hold states that no seed of the user's gives, so that seeding with the seed that is in force shows too.
+    """
 
     def __init__(self) -> None:
         self._torch = torch.default_generator.get_state()
-        self._bytes = _bytes(self._torch)
         self._python = random.getstate()
         numpy = sys.modules.get("numpy")
-        self._numpy = numpy.random.get_state(legacy=True) if numpy is not None else None
+        self._numpy = numpy.random.get_state() if numpy is not None else None
+        seed = int.from_bytes(os.urandom(7), "little")
+        torch.default_generator.manual_seed(seed)
+        random.seed(seed)
+        if numpy is not None:
+            numpy.random.seed(seed % 2**32)
+        self._probe = self._now()
 
     def restore(self) -> str | None:
-        """Put everything back; the name of the generator that had changed, or ``None``."""
-        changed = None
-        if not self.same_torch():
-            torch.default_generator.set_state(self._torch)
-            changed = "torch's random generator"
-        if random.getstate() != self._python:
-            random.setstate(self._python)
-            changed = "Python's random generator"
+        """Put everything back; the name of a generator that was used in between, or ``None``."""
+        changed = [name for name, before, now in zip(_GENERATORS, self._probe, self._now(), strict=True) if before != now]
+        torch.default_generator.set_state(self._torch)
+        random.setstate(self._python)
         if self._numpy is not None:
-            numpy = sys.modules["numpy"]
-            now = numpy.random.get_state(legacy=True)
-            if now[0] != self._numpy[0] or now[2:] != self._numpy[2:] or not (now[1] == self._numpy[1]).all():
-                numpy.random.set_state(self._numpy)
-                changed = "NumPy's random generator"
-        return changed
+            sys.modules["numpy"].random.set_state(self._numpy)
+        return changed[0] if changed else None
 
     def same_torch(self) -> bool:
-        """Whether torch's generator is as it was."""
-        return _bytes(torch.default_generator.get_state()) == self._bytes
+        """Whether torch's generator was not used."""
+        return _bytes(torch.default_generator.get_state()) == self._probe[0]
+
+    def _now(self) -> tuple[object, ...]:
+        numpy_state: object = None
+        if self._numpy is not None:
+            name, keys, *rest = sys.modules["numpy"].random.get_state()
+            numpy_state = (name, keys.tobytes(), rest)
+        return _bytes(torch.default_generator.get_state()), random.getstate(), numpy_state
+
+
+_GENERATORS = ("torch's random generator", "Python's random generator", "NumPy's random generator")
 
 
 def _bytes(state: torch.Tensor) -> bytes:

@@ -26,6 +26,7 @@ class Machine:
         memory_rate: bytes per second beyond.
         cache: bytes.
         copy_element: seconds per element of a copy whose innermost run is one element long.
+        copy_distance: lines of the cache that a copy may touch before it comes back to the first.
         sum_output: seconds per output element of a sum over the innermost dimension.
     """
 
@@ -41,6 +42,7 @@ class Machine:
     memory_rate: float = 25e9
     cache: int = 2**20
     copy_element: float = 0.9e-9
+    copy_distance: int = 4096
     sum_output: float = 4.5e-9
 
 
@@ -101,10 +103,17 @@ def sum_seconds(elements: int, results: int, innermost: bool, machine: Machine =
     return 2 * machine.launch + max(busy, traffic_seconds(ITEM * (elements + results), machine))
 
 
-def copy_seconds(elements: int, run: int, machine: Machine = CPU) -> float:
-    """Seconds of a copy into another order of dimensions that keeps runs of ``run`` elements together."""
+def copy_seconds(elements: int, run: int, distance: int = 1, machine: Machine = CPU) -> float:
+    """Seconds of a copy into another order of dimensions.
+
+    Args:
+        elements: how many are copied.
+        run: how many lie together before and after.
+        distance: how many are visited before the neighbour of the first one.
+        machine: constants.
+    """
     gather = elements * machine.copy_element / max(1, min(run, 16)) ** 0.6
-    if ITEM * elements > machine.cache:
+    if run < 16 and distance > machine.copy_distance:
         gather *= 3
     return machine.launch + max(gather, traffic_seconds(2 * ITEM * elements, machine))
 

@@ -59,9 +59,10 @@ def optimize_einsums_full(
         graph = tracer.trace(model)
         root = tracer.root
     graph = copy_graph(graph)
-    EfficientShapeProp(fx.GraphModule(root, graph), graph).run(*example_inputs)
+    EfficientShapeProp(root, graph).run(*example_inputs)
     for run in (canonicalize(), fuse_scalars_pass(), fuse_einsums_pass(), _choose_paths(contract_kwargs), place_scalars()):
         graph = run(graph)
+    graph = _keep_layouts(root, graph, example_inputs)
     _show_types(graph)
     graph.lint()
     if isinstance(model, fx.Graph):
@@ -202,7 +203,8 @@ class EfficientShapeProp(fx.Interpreter):
         self._storages.clear()
         self._fake_mode = _fake_mode(args)
         fakes = torch.utils._pytree.tree_map(self._fake, tuple(args))
-        with self._fake_mode:
+        # Without autograd, as example inputs may be leaves, which must not be written in place.
+        with self._fake_mode, torch.no_grad():
             return super().run(*fakes, **kwargs)
 
     def propagate(self, *args: Any) -> Any:
@@ -232,16 +234,18 @@ class EfficientShapeProp(fx.Interpreter):
         if n.op == "call_module":
             args, kwargs = self.fetch_args_kwargs_from_env(n)
             return self._call_module(self.fetch_attr(str(n.target)), args, kwargs)
-        found = read_einsum(n) if is_einsum(n) else None
-        if found is not None and len(found[1]) > 2:
-            # Pair by pair along our plan: left to right, an intermediate may have more elements than an integer can count.
-            spec, operands = found
-            values = [self.env[operand] for operand in operands]
-            if len({value.dtype for value in values}) == 1:
-                for step in make_plan(spec, [value.shape for value in values], generic=True).steps:
-                    values.append(torch.einsum(str(step.spec.canonical()), *(values[number] for number in step.operands)))
-                return values[-1]
-        return super().run_node(n)
+        try:
+            return super().run_node(n)
+        except RuntimeError:
+            found = read_einsum(n) if is_einsum(n) else None
+            if found is None or len(found[1]) < 3:
+                raise
+        # In the order that torch takes, an intermediate may have more elements than an integer can count. Ours is no worse, and says what is wrong if shapes don't fit.
+        spec, operands = found
+        values = [self.env[operand] for operand in operands]
+        for step in make_plan(spec, [value.shape for value in values], generic=True).steps:
+            values.append(torch.einsum(str(step.spec.canonical()), *(values[number] for number in step.operands)))
+        return values[-1]
 
     def _call_module(self, module: Any, args: Any, kwargs: Any) -> Any:
         state = {**dict(module.named_parameters(remove_duplicate=False)), **dict(module.named_buffers(remove_duplicate=False))}
@@ -321,6 +325,37 @@ def _choose_paths(contract_kwargs: Mapping[str, Any]) -> Callable[[fx.Graph], fx
             return choose_paths(optimize, generic=True)(graph)
 
     return run
+
+
+def _keep_layouts(root: nn.Module, graph: fx.Graph, example_inputs: Sequence[Any]) -> fx.Graph:
+    """``graph`` with the strides put right of einsums that, after fusing and planning, give others than before, where something other than an einsum may notice (``view``)."""
+    actual = copy_graph(graph)
+    EfficientShapeProp(root, actual).run(*example_inputs)
+    new = copy_graph(graph)
+    looks = any(node.op == "call_method" and node.target in _LAYOUT_METHODS for node in new.nodes)
+    for node, other in zip(list(new.nodes), list(actual.nodes), strict=True):
+        wanted, found = type_of(node), type_of(other)
+        if not is_einsum(node) or wanted is None or found is None or wanted.stride == found.stride or all(is_einsum(user) for user in node.users):
+            continue
+        if not wanted.is_contiguous and not looks:
+            continue
+        users = list(node.users)
+        order = sorted(range(len(wanted.shape)), key=lambda dim: (-wanted.stride[dim], dim))
+        in_order = order == sorted(order)
+        value = node
+        with new.inserting_after(value):
+            value = value if in_order else new.call_method("permute", (value, order))
+        with new.inserting_after(value):
+            value = new.call_method("contiguous", (value,))
+        with new.inserting_after(value):
+            value = value if in_order else new.call_method("permute", (value, [order.index(dim) for dim in range(len(order))]))
+        stamp(value, facts(node) or Facts())
+        for user in users:
+            user.replace_input_with(node, value)
+    return new
+
+
+_LAYOUT_METHODS = frozenset({"view", "view_as", "as_strided", "stride", "is_contiguous", "data_ptr", "untyped_storage", "storage_offset"})
 
 
 def _result(graph: fx.Graph, new: fx.Graph, in_place: bool) -> fx.Graph:

@@ -10,6 +10,7 @@ import contextlib
 import itertools
 import logging
 import os
+import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -35,6 +36,7 @@ _disabled = os.environ.get("LAZY_EINSUM_DISABLE", "") not in ("", "0")
 _is_compiling = torch.compiler.is_compiling
 _function_modes = ambient_module.function_modes
 
+_LIBRARIES = (os.path.dirname(os.path.abspath(__file__)) + os.sep, os.path.dirname(os.path.abspath(torch.__file__)) + os.sep)
 _ON_UNTRACEABLE = ("warn", "raise", "ignore")
 
 
@@ -283,11 +285,12 @@ class OptimizedModule(nn.Module):
                 self._store(kind, entry)
             self._remember(shapes, entry)
             return verifier.run(entry, values) if verifier is not None else entry.run(*values)
-        except LiveCallChanged as error:
-            assert entry is not None
-            return self._changed(entry, error, args, kwargs, refused_key)
         except UntraceableError as error:
-            return self._fall_back(eager, args, kwargs, error, refused_key)
+            # The child runs outside of this block, so that an error of its own does not show as one of tracing.
+            failure = error
+        if isinstance(failure, LiveCallChanged) and entry is not None:
+            return self._changed(entry, failure, args, kwargs, refused_key)
+        return self._fall_back(eager, args, kwargs, failure, refused_key)
 
     def _find(self, child: Any, kind: Kind, args: tuple[Any, ...], kwargs: dict[str, Any], hooked: bool) -> tuple[Specialization | None, Any]:
         for entry in tuple(self._cache.kinds.get(kind, ())):
@@ -354,7 +357,7 @@ class OptimizedModule(nn.Module):
                 f"{cache.evictions} of {cache.misses} specializations of {type(self.module).__name__} were evicted before they could be used again; "
                 f"raise maxsize (now {int(cache.maxsize)}), or have fewer different shapes come",
                 CacheThrashWarning,
-                stacklevel=6,
+                stacklevel=_users_stacklevel(),
             )
 
     def _fall_back(self, child: Any, args: tuple[Any, ...], kwargs: dict[str, Any], error: UntraceableError | None, key: Any) -> Any:
@@ -374,7 +377,7 @@ class OptimizedModule(nn.Module):
         if new:
             logger.info("%s runs as it is: %s", type(child).__name__, reason)
             if self._on_untraceable == "warn":
-                warnings.warn(f"{type(child).__name__} runs as it is, not optimized: {reason}", FallbackWarning, stacklevel=5)
+                warnings.warn(f"{type(child).__name__} runs as it is, not optimized: {reason}", FallbackWarning, stacklevel=_users_stacklevel())
         return result
 
     def _with_hooks(self, child: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -499,10 +502,13 @@ class OptimizedModule(nn.Module):
             self.module._load_from_state_dict(*args)
 
     def __getattr__(self, name: str) -> Any:
-        module = self.__dict__.get("module")
-        if module is None or name in _OWN:
-            raise AttributeError(name)
-        return getattr(module, name)
+        try:
+            # First as any module: the tables are shared with the child (and a trace's stand-in of this wrapper finds all of its attributes there).
+            return super().__getattr__(name)
+        except AttributeError:
+            if name in _OWN:
+                raise
+            return getattr(self.module, name)
 
     def __setattr__(self, name: str, value: Any) -> None:
         module = self.__dict__["module"]
@@ -549,6 +555,16 @@ def _rebuild(module: Any, settings: dict[str, Any], hooks: dict[str, Any]) -> Op
     wrapper = OptimizedModule(module, **settings)
     wrapper.__dict__.update(hooks)
     return wrapper
+
+
+def _users_stacklevel() -> int:
+    """For a warning raised in the calling function: where the user called the module."""
+    level = 1
+    frame = sys._getframe(1)
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(_LIBRARIES):
+        frame = frame.f_back
+        level += 1
+    return level
 
 
 def _leaf_test(leaf_modules: tuple[type | str, ...]) -> Callable[[nn.Module, str], bool]:

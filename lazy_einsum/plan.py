@@ -198,7 +198,9 @@ def _plan(
     )
 
 
-def _limit(memory_limit: int | str | None, spec: EinsumSpec, shapes: Sequence[Sequence[int]], sizes: dict[str, int]) -> float:
+def _limit(
+    memory_limit: int | str | None, spec: EinsumSpec, shapes: Sequence[Sequence[int]], sizes: dict[str, int]
+) -> float:
     if memory_limit is None or memory_limit == -1:
         return math.inf
     if memory_limit == "max_input":
@@ -206,7 +208,9 @@ def _limit(memory_limit: int | str | None, spec: EinsumSpec, shapes: Sequence[Se
     if memory_limit == "max_output":
         return math.prod(sizes[label] for label in spec.output)
     if isinstance(memory_limit, str):
-        raise LazyEinsumError(f"memory_limit {memory_limit!r}; expected a number of elements, 'max_input', 'max_output' or None")
+        raise LazyEinsumError(
+            f"memory_limit {memory_limit!r}; expected a number of elements, 'max_input', 'max_output' or None"
+        )
     return memory_limit
 
 
@@ -217,7 +221,8 @@ def _steps(
     spec: EinsumSpec, shapes: tuple[tuple[int, ...], ...], sizes: dict[str, int], path: Path, generic: bool
 ) -> tuple[Contraction, ...]:
     """The contractions of a path of pairs. An intermediate has the labels that are needed later, except that one of size
-    1 is dropped where another operand or nobody has more of it (not in generic mode)."""
+    1 is dropped where another operand or nobody has more of it (not in generic mode).
+    """
     if not path:
         return (_contraction((0,), spec, shapes, generic),)
     values = list(zip(spec.inputs, shapes, strict=True))
@@ -295,9 +300,7 @@ class _Network:
     memo: dict[int, int]
 
     @classmethod
-    def of(
-        cls, spec: EinsumSpec, shapes: Sequence[Sequence[int]], sizes: dict[str, int], generic: bool
-    ) -> _Network:
+    def of(cls, spec: EinsumSpec, shapes: Sequence[Sequence[int]], sizes: dict[str, int], generic: bool) -> _Network:
         labels = "".join(label for label, size in sizes.items() if size != 1 or generic)
         bits = {label: 1 << number for number, label in enumerate(labels)}
         output = sum(bits.get(label, 0) for label in spec.output)
@@ -511,9 +514,7 @@ def _connected(network: _Network, limit: float, budget: _Budget) -> Path | None:
         return None
     full = (1 << n) - 1
     union = {1 << i: term for i, term in enumerate(terms)}
-    holders = {
-        bit: sum(1 << i for i, term in enumerate(terms) if term & bit) for bit in _bits(_union(terms, range(n)))
-    }
+    holders = {bit: sum(1 << i for i, term in enumerate(terms) if term & bit) for bit in _bits(_union(terms, range(n)))}
     kept = {1 << i: term for i, term in enumerate(terms)}
     best = {1 << i: 0.0 for i in range(n)}
     split: dict[int, int] = {}

@@ -8,12 +8,14 @@ locks, generators and lazy modules, copies a trainer's whole state, and shows no
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import functools
 import inspect
 import types
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -22,6 +24,7 @@ from torch import nn
 from .errors import UntraceableError
 from .signature import Constant, TensorType, is_constant, is_namedtuple
 from .state import Absent, Container, Found, ModuleClass, Names, NoHooks, Path, Reference, SameAs, path_name
+from .surroundings import Cell, GlobalName, Outer, Steps, read_by_class, read_by_function
 
 MAX_ITEMS = 10_000
 """A container with more items than this is not read: checking it at every call would cost more than it can save."""
@@ -49,6 +52,8 @@ class Shadows:
         self._is_leaf = is_leaf
         self._seen: dict[int, tuple[Any, Any, Path]] = {}  # id -> (live object, its stand-in, path); keeps both alive, so that no id is used again
         self._originals: list[tuple[Any, Any, str]] = []  # (stand-in, what it held when it was made, name), to find side effects
+        self._outer: dict[Outer, Any] = {}
+        self._classes: set[type] = set()
 
     def note(self, path: Path, found: Found, question: str = "") -> None:
         """Record that ``found`` was read at ``path``."""
@@ -74,6 +79,9 @@ class Shadows:
             raise UntraceableError(f"{name} ({kind.__name__}) can't be stood in for: it is no initialized nn.Module")
         self._seen[id(live)] = (live, shadow, path)
         self.note(path, ModuleClass(kind))
+        if kind not in self._classes:
+            self._classes.add(kind)
+            self.read_outer(read_by_class(kind))
         own = shadow.__dict__
         for key in _INTERNAL:
             if key in live.__dict__:
@@ -129,6 +137,8 @@ class Shadows:
             value, (torch._ops.OpOverload, torch._ops.OpOverloadPacket)
         ):
             self.note(path, Reference(value))
+            if isinstance(value, types.FunctionType):
+                self.read_outer(read_by_function(value))
             stand_in = value
         elif type(value) is weakref.ref:
             # nn.RNN holds its weights so. The stand-in's target lives as long as the shadow.
@@ -141,6 +151,37 @@ class Shadows:
             return self._container(value, path)
         self._seen[id(value)] = (value, stand_in, path)
         return stand_in
+
+    def read_outer(self, found: Iterable[tuple[Outer, Steps]]) -> None:
+        """Put what code may read from outside of the module into the key, by value."""
+        for start, steps in found:
+            path: Path = (("outer", start), *steps)
+            value = start.get()
+            if start not in self._outer:
+                self._outer[start] = (value, copy.copy(value) if isinstance(value, (list, dict)) else None)
+            for how, key in steps:
+                value = value[key] if how == "item" else vars(value)[key]
+            with contextlib.suppress(UntraceableError):  # nothing that forward could make a baked-in constant of
+                self.lift(value, path)
+
+    def restore_outer(self) -> str | None:
+        """Undo what ``forward`` did to globals and enclosing variables; the name of one that it changed, or ``None``."""
+        changed = None
+        for start, (value, before) in self._outer.items():
+            if start.get() is not value:
+                changed = str(start)
+                if isinstance(start, GlobalName):
+                    start.namespace[start.name] = value
+                elif isinstance(start, Cell):
+                    start.cell.cell_contents = value
+                else:
+                    setattr(start.owner, start.name, value)
+            if before is not None and not _same_items(value, before):
+                changed = str(start)
+                value.clear()
+                value.extend(before) if isinstance(value, list) else value.update(before)
+        self._outer.clear()
+        return changed
 
     def _tensor(self, value: torch.Tensor, path: Path) -> torch.Tensor:
         if type(value) not in (torch.Tensor, nn.Parameter):
@@ -272,7 +313,9 @@ class _Table(dict[str, Any]):
         return {name: self[name] for name in self._all()}
 
     def __setitem__(self, name: str, value: Any) -> None:
-        self.changed = True
+        # Setting the very tensor that is there, as spectral_norm does after writing to it in place, changes nothing.
+        if dict.get(self, name, self) is not value:
+            self.changed = True
         super().__setitem__(name, value)
 
     def __delitem__(self, name: str) -> None:
@@ -298,6 +341,13 @@ class _Hooks(OrderedDict[int, Any]):
 
     def __setitem__(self, key: int, value: Any) -> None:
         raise UntraceableError("forward registers a hook on a module")
+
+
+def _same_items(first: list[Any] | dict[Any, Any], second: list[Any] | dict[Any, Any]) -> bool:
+    """Whether two lists, or dictionaries, hold the very same objects."""
+    if isinstance(first, dict) and isinstance(second, dict):
+        return list(first) == list(second) and all(first[key] is second[key] for key in first)
+    return len(first) == len(second) and all(a is b for a, b in zip(first, second, strict=True))
 
 
 def _compiled_class() -> type:

@@ -68,7 +68,9 @@ class EinsumSpec:
         return _parse(equation, tuple(ranks))
 
     @classmethod
-    def from_sublists(cls, sublists: Sequence[Sequence[object]], output: Sequence[object] | None, ranks: Sequence[int]) -> EinsumSpec:
+    def from_sublists(
+        cls, sublists: Sequence[Sequence[object]], output: Sequence[object] | None, ranks: Sequence[int]
+    ) -> EinsumSpec:
         """Read the form with lists of integers: ``einsum(a, [0, 1], b, [1, 2], [0, 2])``.
 
         Args:
@@ -150,12 +152,16 @@ class EinsumSpec:
         {'i': 2, 'j': 3, 'k': 4}
         """
         if len(shapes) != len(self.inputs):
-            raise EquationError(f"einsum {self}: {len(shapes)} operands were given, expected {len(self.inputs)}; pass one operand for each term of the equation")
+            raise EquationError(
+                f"einsum {self}: {len(shapes)} operands were given, expected {len(self.inputs)}; pass one operand for each term of the equation"
+            )
         sizes: dict[str, int] = {}
         origin: dict[str, int] = {}
         for number, (term, shape) in enumerate(zip(self.inputs, shapes, strict=True)):
             if len(term) != len(shape):
-                raise EquationError(f"einsum {self}: operand {number} has shape {tuple(shape)}, expected {len(term)} dimensions for its labels {term!r}")
+                raise EquationError(
+                    f"einsum {self}: operand {number} has shape {tuple(shape)}, expected {len(term)} dimensions for its labels {term!r}"
+                )
             own: dict[str, int] = {}
             for label, size in zip(term, shape, strict=True):
                 if own.setdefault(label, size) != size:
@@ -193,7 +199,9 @@ class EinsumSpec:
         """
         term = self.inputs[position]
         if len(term) != len(inner.output):
-            raise EquationError(f"einsum {self}: operand {position} has labels {term!r}, but the inner einsum {inner} gives {len(inner.output)} dimensions; expected {len(term)}")
+            raise EquationError(
+                f"einsum {self}: operand {position} has labels {term!r}, but the inner einsum {inner} gives {len(inner.output)} dimensions; expected {len(term)}"
+            )
         names = dict(zip(inner.output, term, strict=True))
         free = fresh_symbols("".join(self.inputs))
         for label in inner.labels:
@@ -257,7 +265,9 @@ def _shown(items: Sequence[object]) -> str:
 def _resolve(terms: Sequence[_Term], target: _Term | None, ranks: tuple[int, ...], shown: str) -> EinsumSpec:
     """Replace ellipses by labels and find the output."""
     if len(terms) != len(ranks):
-        raise EquationError(f"einsum {shown}: {len(ranks)} operands were given, expected {len(terms)}; pass one operand for each term of the equation")
+        raise EquationError(
+            f"einsum {shown}: {len(ranks)} operands were given, expected {len(terms)}; pass one operand for each term of the equation"
+        )
     width = 0
     for number, ((before, after), rank) in enumerate(zip(terms, ranks, strict=True)):
         named = len(before) + len(after or "")
@@ -280,7 +290,11 @@ def _resolve(terms: Sequence[_Term], target: _Term | None, ranks: tuple[int, ...
     known = set("".join(inputs))
     for label in output:
         if label not in known:
-            raise EquationError(f"einsum {shown}: output label {label!r} is in no operand; expected only labels of the operands")
+            raise EquationError(
+                f"einsum {shown}: output label {label!r} is in no operand; expected only labels of the operands"
+            )
         if output.count(label) > 1:
-            raise EquationError(f"einsum {shown}: output label {label!r} appears more than once in the output; expected each at most once")
+            raise EquationError(
+                f"einsum {shown}: output label {label!r} appears more than once in the output; expected each at most once"
+            )
     return EinsumSpec(inputs, output)

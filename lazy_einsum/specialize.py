@@ -131,6 +131,8 @@ def read(module: Any, path: Path) -> Any:
             module = module[key]
         elif how == "call":
             module = module()
+        elif how == "outer":
+            module = key.get()
         elif how == "attribute":
             module = module.__dict__[key]
         else:

@@ -17,10 +17,12 @@ import torch
 
 from . import ambient as ambient_module
 from .signature import Alias, Arguments, Constant, Structure, TensorType
+from .surroundings import Cell, GlobalName
 
-How = Literal["module", "parameter", "buffer", "attribute", "item", "call"]
+How = Literal["module", "parameter", "buffer", "attribute", "item", "call", "outer"]
 Path = tuple[tuple[How, Any], ...]
-"""Steps from the child: a submodule, a parameter, a buffer, any other attribute, an item of a container, or what a weak reference gives when called."""
+"""Steps from the child: a submodule, a parameter, a buffer, any other attribute, an item of a container, what a weak reference gives
+when called; or, as first step, something outside of the child: a global, a variable of an enclosing function, a class attribute."""
 
 
 def path_name(path: Path) -> str:
@@ -128,7 +130,10 @@ Reads = Mapping[tuple[Path, str], Found]
 
 def describe_reads(reads: Reads) -> tuple[tuple[str, Found], ...]:
     """The reads as the hashable part ``state`` of a ``Signature``."""
-    return tuple((f"self.{path_name(path)}{question}".rstrip("."), found) for (path, question), found in reads.items())
+    return tuple(
+        (path_name(path) if path and path[0][0] == "outer" else f"self.{path_name(path)}{question}".rstrip("."), found)
+        for (path, question), found in reads.items()
+    )
 
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -231,6 +236,12 @@ def _object(writer: _Writer, path: Path) -> str:
         return writer.local(path, f"{holder}[{writer.name(key)}]")
     if how == "call":
         return writer.local(path, f"{_object(writer, parent)}()")
+    if how == "outer":
+        if isinstance(key, GlobalName):
+            return writer.local(path, f"{writer.name(key.namespace)}[{key.name!r}]")
+        if isinstance(key, Cell):
+            return writer.local(path, f"{writer.name(key.cell)}.cell_contents")
+        return writer.local(path, f"{writer.name(key.owner)}.{key.name}")
     table = {"module": "['_modules']", "parameter": "['_parameters']", "buffer": "['_buffers']", "attribute": ""}[how]
     return writer.local(path, f"{_dict(writer, parent)}{table}[{key!r}]")
 
@@ -323,7 +334,7 @@ def compile_guard(
 def guard(module, args, kwargs, hooked=False):
     try:
         {body}
-    except (KeyError, AttributeError, IndexError, TypeError):
+    except (KeyError, AttributeError, IndexError, TypeError, ValueError):
         return None
     return ({"".join(f"{value}, " for value in values)})
 """

@@ -29,6 +29,7 @@ from .graph import EVERYTHING, Facts, facts, stamp
 from .shadow import Shadows
 from .signature import Alias, Arguments, Constant, Structure, TensorType, flatten, is_constant, unflatten
 from .state import Path, Reads, path_name
+from .surroundings import read_by_function
 
 _HERE = os.path.dirname(os.path.abspath(__file__))
 _TORCH = os.path.dirname(os.path.abspath(torch.__file__))
@@ -58,30 +59,18 @@ _HIDDEN_WRITES = {
     "aten::batch_norm": (3, 4),
     "aten::instance_norm": (3, 4),
 }
-_OPERATORS: dict[str, Callable[..., Any]] = {
-    f"__{name}__": getattr(operator, name)
-    for name in (
-        "add sub mul truediv floordiv mod pow matmul neg pos invert abs and_ or_ xor lshift rshift lt le eq ne gt ge getitem setitem "
-        "iadd isub imul itruediv ifloordiv imod ipow imatmul iand ior ixor ilshift irshift"
-    ).split()
-}
-_OPERATORS |= {"__and__": operator.and_, "__or__": operator.or_}
-_REFLECTED = {
-    "__radd__": operator.add,
-    "__rsub__": operator.sub,
-    "__rmul__": operator.mul,
-    "__rtruediv__": operator.truediv,
-    "__rdiv__": operator.truediv,
-    "__rfloordiv__": operator.floordiv,
-    "__rmod__": operator.mod,
-    "__rpow__": operator.pow,
-    "__rmatmul__": operator.matmul,
-    "__rand__": operator.and_,
-    "__ror__": operator.or_,
-    "__rxor__": operator.xor,
-    "__rlshift__": operator.lshift,
-    "__rrshift__": operator.rshift,
-}
+_NAMES = (
+    "add sub mul truediv floordiv mod pow matmul neg pos invert abs and or xor lshift rshift lt le eq ne gt ge getitem setitem "
+    "iadd isub imul itruediv ifloordiv imod ipow imatmul iand ior ixor ilshift irshift"
+).split()
+# By identity as well as by name: Tensor.__pow__ calls itself "pow".
+_OPERATORS: dict[Any, Callable[..., Any]] = {}
+_REFLECTED: dict[Any, Callable[..., Any]] = {"__rdiv__": operator.truediv}
+for _word in _NAMES:
+    _operator = getattr(operator, _word, None) or getattr(operator, _word + "_")
+    for _table, _method in ((_OPERATORS, f"__{_word}__"), (_REFLECTED, f"__r{_word}__")):
+        if hasattr(torch.Tensor, _method):
+            _table[_method] = _table[getattr(torch.Tensor, _method)] = _operator
 
 
 @dataclass(frozen=True)
@@ -158,17 +147,20 @@ def trace(
     """
     random_state = ambient_module.RandomState()
     grad = torch.is_grad_enabled()
-    recorder = _Recorder(is_leaf)
+    recorder = _Recorder(is_leaf, random_state)
     try:
         try:
             result = recorder.run(function, arguments)
         finally:
             torch.set_grad_enabled(grad)
             reseeded = random_state.restore()
+            changed = recorder.shadows.restore_outer()
         if recorder.failure is not None:  # raised inside, but swallowed by an ``except`` of the user's
             raise recorder.failure
         if reseeded is not None:
             raise UntraceableError(f"forward draws from or seeds {reseeded}")
+        if changed is not None:
+            raise UntraceableError(f"forward changes {changed}")
         found = recorder.finish(result)
         del result
         if not recorder.forget():
@@ -307,7 +299,7 @@ def _tensors(value: Any) -> Iterator[torch.Tensor]:
 
 
 class _Recorder(TorchFunctionMode):
-    def __init__(self, is_leaf: Callable[[nn.Module, str], bool]) -> None:
+    def __init__(self, is_leaf: Callable[[nn.Module, str], bool], random_state: ambient_module.RandomState) -> None:
         super().__init__()
         self.graph = fx.Graph()
         self.failure: UntraceableError | None = None
@@ -326,7 +318,7 @@ class _Recorder(TorchFunctionMode):
         self._ambient = ambient_module.inner_state()
         # Under autocast an operation means other operations: nothing is rewritten there.
         self._movable = not ambient_module.any_autocast()
-        self._random_state = ambient_module.RandomState()
+        self._random_state = random_state
         self._fake_mode = fake_mode()
 
     # -- running
@@ -353,6 +345,8 @@ class _Recorder(TorchFunctionMode):
                 callee: Callable[..., Any] = self.shadows.module(function, ()).forward
             else:
                 callee = function
+                if isinstance(function, types.FunctionType):
+                    self.shadows.read_outer(read_by_function(function))
             with self._net, self:
                 return callee(*args, **kwargs)
 
@@ -457,51 +451,53 @@ class _Recorder(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        self._net.open += 1
+        try:
+            if self._suspended:
+                return func(*args, **kwargs)
+            return self._record(func, args, kwargs)
+        finally:
+            self._net.open -= 1
+
+    def _record(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         name = _name(func)
         sets = getattr(func, "__name__", "") in ("__set__", "__delete__")
-        if self._suspended or (name in _QUERIES and not sets):
-            return self._execute(func, args, kwargs)
+        if name in _QUERIES and not sets:
+            return func(*args, **kwargs)
         if self.failure is not None:
             raise self.failure
         if name == "_set_grad_enabled":
             return self._switch_grad(args[0] if args else kwargs["mode"], func, args, kwargs)
         if (name in _REFUSED and func is not torch.autograd.grad) or sets:
             raise self.fail(f"forward {'sets' if sets else 'uses'} {name} of a tensor")
-        if ambient_module.inner_state() != self._ambient:
-            raise self.fail("forward changes a mode on the way (autocast, inference mode, default dtype, checkpointing, torch.func)")
-        if torch.is_grad_enabled() != self._grad:
-            raise self.fail("the grad mode was switched in a way that no call shows (a custom autograd.Function, ...)")
+        self._check_modes()
         if len(self.graph.nodes) > MAX_NODES:
             raise self.fail(f"forward calls more than {MAX_NODES} torch functions")
         taken = self._argument(list(args)), self._argument(dict(kwargs))
         self._net.written.clear()
         self._net.random = False
-        result = self._execute(func, args, kwargs)
+        result = func(*args, **kwargs)
         if self._net.random and not self._random_state.same_torch():
             raise self.fail("torch's random generator is seeded inside of forward")
-        written = self._written(name, args, kwargs)
-        found: list[Any] = []
-        flatten(_plain(result), found)
-        tensors = [value for value in found if isinstance(value, torch.Tensor)]
+        written = self._written()
+        tensors = list(_tensors(result))
         if not written:
             if not tensors:
                 raise self.fail(f"the result of {name} can't be recorded ({type(result).__name__})")
-            if all(id(value) in self._known or id(value) in self._state_of for value in tensors) and isinstance(result, torch.Tensor):
+            if isinstance(result, torch.Tensor) and (id(result) in self._known or id(result) in self._state_of):
                 if name.endswith("_") and not name.endswith("__"):
                     raise self.fail(f"forward uses {name}")
                 return result
-        node = self._write_call(func, name, *taken)
-        self._register(result, node, written)
+        self._register(result, self._write_call(func, name, *taken), written)
         return result
 
-    def _execute(self, func: Any, args: Any, kwargs: Any) -> Any:
-        self._net.open += 1
-        try:
-            return func(*args, **kwargs)
-        finally:
-            self._net.open -= 1
+    def _check_modes(self) -> None:
+        if ambient_module.inner_state() != self._ambient:
+            raise self.fail("forward changes a mode on the way (autocast, inference mode, default dtype, checkpointing, torch.func)")
+        if torch.is_grad_enabled() != self._grad:
+            raise self.fail("the grad mode was switched in a way that no call shows (a custom autograd.Function, ...)")
 
-    def _written(self, name: str, args: Any, kwargs: Any) -> tuple[int, ...]:
+    def _written(self) -> tuple[int, ...]:
         numbers = {self._storage(tensor) for tensor in self._net.written}
         # Memory that came into being inside the call (workspace) is nobody's business outside of it.
         known = {self._storage(entry.tensor) for entry in self._known.values()} if numbers else set()
@@ -510,15 +506,16 @@ class _Recorder(TorchFunctionMode):
     def _write_call(self, func: Any, name: str, args: list[Any], kwargs: dict[str, Any]) -> fx.Node:
         if getattr(func, "__name__", "") == "__get__":
             return self.graph.call_function(getattr, (args[0], name))
-        if getattr(torch.Tensor, getattr(func, "__name__", ""), None) is func:
-            if name in _OPERATORS:
-                return self.graph.call_function(_OPERATORS[name], tuple(args))
-            if name in _REFLECTED:
-                return self.graph.call_function(_REFLECTED[name], (args[1], args[0]))
-            if name.startswith("__") and name.endswith("__"):
-                raise self.fail(f"forward uses {name}")
-            return self.graph.call_method(name, tuple(args), kwargs)
-        return self.graph.call_function(func, tuple(args), kwargs)
+        for key in (func, name) if getattr(torch.Tensor, name, None) is func else (func,):
+            if key in _OPERATORS and not kwargs:
+                return self.graph.call_function(_OPERATORS[key], tuple(args))
+            if key in _REFLECTED:
+                return self.graph.call_function(_REFLECTED[key], (args[1], args[0]))
+        if getattr(torch.Tensor, name, None) is not func:
+            return self.graph.call_function(func, tuple(args), kwargs)
+        if name.startswith("__") and name.endswith("__"):
+            raise self.fail(f"forward uses {name}")
+        return self.graph.call_method(name, tuple(args), kwargs)
 
     def _register(self, result: Any, node: fx.Node, written: tuple[int, ...]) -> None:
         """Track the tensors in ``result``, which ``node`` gives."""
@@ -665,11 +662,6 @@ def _registered(result: Any) -> tuple[int, list[Any], Callable[[Sequence[Any]], 
             kind = type(leaf)
             raise UntraceableError(f"forward returns a {kind.__module__}.{kind.__qualname__}, a class that torch.utils._pytree does not know")
     return 0, leaves, lambda values: _pytree.tree_unflatten(list(values), spec)
-
-
-def _plain(result: Any) -> Any:
-    """A torch function's result with its own named tuples (``torch.return_types``) as tuples."""
-    return tuple(result) if isinstance(result, tuple) else result
 
 
 def _name(func: Any) -> str:

@@ -168,7 +168,7 @@ def observe(
     before = {name: tensor._version for name, tensor in named.items()}
     torch.manual_seed(seed)
     random.seed(seed)
-    np.random.seed(seed)  # noqa: NPY002
+    np.random.seed(seed)
     with warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always")
         try:

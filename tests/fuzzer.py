@@ -986,6 +986,46 @@ def _values_only(ours: Observation, theirs: Observation, tolerance: float) -> li
     return [text for text in found if "strides" not in text and "requires_grad" not in text and "is_leaf" not in text]
 
 
+def _eager_runs(program: Program) -> Iterator[Observation]:
+    module = program.build()
+    for _, which, seed, grad in CALLS:
+        with torch.set_grad_enabled(grad):
+            yield _call(program, module, module, which, seed)
+
+
+def shrink(failure: Failure, wrap: Callable[[nn.Module], Callable[..., Any]]) -> Failure:
+    """The same kind of failure with as few statements as single removals reach."""
+    kind = failure.problems[0][:30]
+
+    def attempt(body: str) -> Failure | None:
+        try:
+            candidate = replace(failure.program, body=body)
+            if any(seen.error for seen in _eager_runs(candidate)):
+                return None
+            found = check(candidate, wrap)
+        except Exception:
+            # Without one of its statements a program may be no program.
+            return None
+        return found if found is not None and found.problems[0][:30] == kind else None
+
+    progress = True
+    while progress:
+        progress = False
+        lines = failure.program.body.split("\n")
+        bodies = ["\n".join(lines[:i] + lines[i + 1 :]) for i in reversed(range(len(lines) - 1))]
+        names = re.findall(r"^ *(v\d+) = ", failure.program.body, flags=re.MULTILINE)
+        if lines[-1][len("return ") :] not in names:
+            bodies += ["\n".join([*lines[:-1], f"return {name}"]) for name in names]
+        else:
+            bodies += ["\n".join([*lines[:-1], f"return {name}"]) for name in names[: names.index(lines[-1][7:])]]
+        for body in bodies:
+            smaller = attempt(body)
+            if smaller is not None:
+                failure, progress = smaller, True
+                break
+    return failure
+
+
 def main() -> int:
     """Command line: check seeds, print what fails."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -1006,7 +1046,9 @@ def main() -> int:
         if failure is not None:
             failures.append(failure)
             if options.against == "lazy_einsum":
-                print(f"--- {failure}")
+                from lazy_einsum import OptimizedModule
+
+                print(f"--- {shrink(failure, OptimizedModule)}", flush=True)
             if options.stop and len(failures) >= options.stop:
                 break
     elapsed = time.perf_counter() - start

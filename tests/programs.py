@@ -162,10 +162,16 @@ def _(a, b, c):
     return q + z
 
 
-@program("W8 in-place factor on an argument", t(3, "n"), copies=True)
+@program("W8 in-place factor on an argument", t(3, "n"), copies=True, not_for_fx="a Proxy takes *= for *")
 def _(x):
     x *= 3.0
     return einsum("ij,ij->i", x, x)
+
+
+@program("W8 in-place method on an argument", t(3, "n"), copies=True)
+def _(x):
+    x.mul_(3.0)
+    return 2 * einsum("ij,ij->i", x, x)
 
 
 @program("W9 write between two einsums", t(3, "n"), t("n", 5), copies=True)
@@ -776,7 +782,7 @@ def _(x, y):
     return z, z, z[0]
 
 
-@program("in-place on an intermediate", t("n", 4), t(4, 5))
+@program("in-place on an intermediate", t("n", 4), t(4, 5), not_for_fx="a Proxy takes no item assignment")
 def _(x, y):
     z = einsum("ij,jk->ik", x, y)
     z.mul_(2)
@@ -863,7 +869,7 @@ class _(nn.Module):
         return einsum("bcw,bcw->bc", out, x)
 
 
-@program("buffer updated in place", t("n", 4), second=False)
+@program("buffer updated in place", t("n", 4), second=False, not_for_fx="runs once, while tracing")
 class _(nn.Module):
     def __init__(self):
         super().__init__()
@@ -875,7 +881,7 @@ class _(nn.Module):
         return einsum("ij,j->i", x, self.mean)
 
 
-@program("recurrent cell", t("n", 4), t("n", 4), not_for_fx="", second=False)
+@program("recurrent cell", t("n", 4), t("n", 4), second=False)
 class _(nn.Module):
     def __init__(self):
         super().__init__()
@@ -995,7 +1001,7 @@ def _(x):
 
 @program("numpy's random numbers", t("n", 4), may_fall_back=True, not_for_fx="baked")
 def _(x):
-    return x * float(np.random.rand())  # noqa: NPY002
+    return x * float(np.random.rand())
 
 
 @program("reseeding inside", t("n", 4), may_fall_back=True, not_for_fx="not recorded")
@@ -1055,7 +1061,14 @@ def _(x):
     return einsum("ij,ij->i", z, x)
 
 
-@program("result written to out", t("n", 4), t(4, 5, grad=False), may_fall_back=True, second=False, not_for_fx="")
+@program(
+    "result written to out",
+    t("n", 4),
+    t(4, 5, grad=False),
+    may_fall_back=True,
+    second=False,
+    not_for_fx="torch.empty takes no Proxy",
+)
 def _(x, y):
     out = torch.empty(x.shape[0], 5, dtype=x.dtype)
     torch.mm(x.detach(), y, out=out)
@@ -1156,7 +1169,7 @@ class _Result:
     scaled: Any
 
 
-@program("result in an unknown class", t("n", 4), may_fall_back=True, second=False, not_for_fx="")
+@program("result in an unknown class", t("n", 4), may_fall_back=True, second=False)
 def _(x):
     result = _Result(einsum("ij,ij->i", x, x), 2 * x)
     return result.total, result.scaled

@@ -11,6 +11,7 @@ from .canonicalize import canonicalize
 from .choose_paths import choose_paths
 from .fuse_einsums import fuse_einsums
 from .fuse_scalars import fuse_scalars
+from .lower import lower
 from .place_scalars import place_scalars
 
 Pass = Callable[[fx.Graph], fx.Graph]
@@ -37,6 +38,7 @@ PASSES: tuple[tuple[str, Callable[[Options], Pass]], ...] = (
     ("fuse_einsums", lambda options: fuse_einsums(options.reassociate)),
     ("choose_paths", lambda options: choose_paths(options.optimize, options.memory_limit)),
     ("place_scalars", lambda options: place_scalars(options.reassociate)),
+    ("lower", lambda options: lower(options.reassociate)),
 )
 
-__all__ = ["PASSES", "Options", "Pass", "canonicalize", "choose_paths", "fuse_einsums", "fuse_scalars", "place_scalars"]
+__all__ = ["PASSES", "Options", "Pass", "canonicalize", "choose_paths", "fuse_einsums", "fuse_scalars", "lower", "place_scalars"]

@@ -56,7 +56,7 @@ def choose_paths(
                     _warn(node)
                 continue
             spec, operands = found
-            types = [known for operand in operands if (known := type_of(operand))]
+            types = [entering for operand in operands if (entering := type_of(operand))]
             if len(types) != len(operands):
                 _warn(node)
                 continue

@@ -1,0 +1,191 @@
+"""``Layout``: a tensor as labels and strides. What can be viewed, what has to be copied, what a result will look like."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+from .signature import contiguous_strides
+
+Sizes = Mapping[str, int]
+"""Size of each label. Dimensions of size 1 have no label."""
+
+
+class Layout(NamedTuple):
+    """How a tensor lies in memory.
+
+    Attributes:
+        dims: the labels merged into each dimension, outermost first; ``""`` for a dimension of size 1.
+        strides: its stride, in elements.
+
+    >>> Layout(("ab", "c", ""), (3, 1, 1)).labels
+    'abc'
+    """
+
+    dims: tuple[str, ...]
+    strides: tuple[int, ...]
+
+    @property
+    def labels(self) -> str:
+        """All labels, in order."""
+        return "".join(self.dims)
+
+
+def product(labels: str, sizes: Sizes) -> int:
+    """Product of the sizes of labels."""
+    return math.prod([sizes[label] for label in labels])
+
+
+def shape_of(dims: Sequence[str], sizes: Sizes) -> tuple[int, ...]:
+    """Sizes of dimensions given as merged labels."""
+    return tuple([product(dim, sizes) for dim in dims])
+
+
+def contiguous_layout(dims: Sequence[str], sizes: Sizes) -> Layout:
+    """The layout of a contiguous tensor with these dimensions."""
+    return Layout(tuple(dims), contiguous_strides(shape_of(dims, sizes)))
+
+
+def is_contiguous(shape: Sequence[int], strides: Sequence[int]) -> bool:
+    """Whether a tensor with this shape and these strides is contiguous, as ``Tensor.is_contiguous`` tells it."""
+    if 0 in shape:
+        return True
+    step = 1
+    for size, stride in zip(reversed(shape), reversed(strides), strict=True):
+        if size != 1:
+            if stride != step:
+                return False
+            step *= size
+    return True
+
+
+def label_strides(layout: Layout, sizes: Sizes) -> dict[str, int]:
+    """Stride of each label of a layout.
+
+    >>> label_strides(Layout(("ab",), (1,)), {"a": 2, "b": 3})
+    {'b': 1, 'a': 3}
+    """
+    strides: dict[str, int] = {}
+    for dim, stride in zip(layout.dims, layout.strides, strict=True):
+        for label in reversed(dim):
+            strides[label] = stride
+            stride *= sizes[label]
+    return strides
+
+
+def group_strides(groups: Sequence[str], strides: Mapping[str, int], sizes: Sizes) -> tuple[int, ...] | None:
+    """Strides of the view whose dimensions are these groups of labels; ``None`` where only a copy has these dimensions.
+
+    >>> group_strides(["ab"], {"a": 3, "b": 1}, {"a": 2, "b": 3}), group_strides(["ba"], {"a": 3, "b": 1}, {"a": 2, "b": 3})
+    ((1,), None)
+    """
+    found = []
+    for group in groups:
+        for left, right in itertools.pairwise(group):
+            if strides[left] != strides[right] * sizes[right]:
+                return None
+        found.append(strides[group[-1]] if group else 1)
+    return tuple(found)
+
+
+def memory_order(labels: str, strides: Mapping[str, int]) -> str:
+    """The labels, outermost in memory first; expanded ones (stride 0) before all others."""
+    return "".join(sorted(labels, key=lambda label: -strides[label] or -math.inf))
+
+
+def contiguous_run(order: str, strides: Mapping[str, int], sizes: Sizes) -> int:
+    """How many elements lie together in memory when the labels are walked in this order.
+
+    >>> contiguous_run("ba", {"a": 1, "b": 6}, {"a": 2, "b": 3})
+    2
+    """
+    run = 1
+    for label in reversed(order):
+        if strides[label] != run:
+            break
+        run *= sizes[label]
+    return run
+
+
+def reuse_distance(order: str, strides: Mapping[str, int], sizes: Sizes) -> int:
+    """How many elements are visited, walking the labels in this order, before one next to the first is: all that time
+    the cache has to keep a line of which one element was used.
+
+    >>> reuse_distance("ba", {"a": 3, "b": 1}, {"a": 2, "b": 3})
+    2
+    """
+    distance = 1
+    for label in reversed(order):
+        if strides[label] == 1:
+            break
+        distance *= sizes[label]
+    return distance
+
+
+def elementwise_strides(
+    shape: tuple[int, ...], operands: Sequence[tuple[tuple[int, ...], tuple[int, ...]]]
+) -> tuple[int, ...]:
+    """Strides that torch gives the fresh result of an elementwise function.
+
+    The rule is that of its TensorIterator: dimensions are sorted by the strides of the first operand that tells them
+    apart, and the result is dense in that order.
+
+    Args:
+        shape: shape of the result.
+        operands: shape and strides of each operand, in the order of the call.
+
+    >>> elementwise_strides((2, 3), [((2, 3), (1, 2)), ((2, 3), (3, 1))])
+    (1, 2)
+    """
+    if all(op_shape == shape for op_shape, _ in operands):
+        if all(is_contiguous(*operand) for operand in operands):
+            return contiguous_strides(shape)
+        first = operands[0][1]
+        if all(op_strides == first for _, op_strides in operands) and _is_dense(shape, first):
+            return first
+    rank = len(shape)
+    aligned: list[list[int]] = []
+    for op_shape, op_strides in operands:
+        missing = rank - len(op_shape)
+        own = zip(op_shape, op_strides, shape[missing:], strict=True)
+        aligned.append([0] * missing + [0 if size == 1 and whole != 1 else stride for size, stride, whole in own])
+
+    def compare(one: int, two: int) -> int:
+        for strides in aligned:
+            s, t = strides[one], strides[two]
+            if s == 0 or t == 0:
+                continue
+            if s != t:
+                return -1 if s < t else 1
+            if shape[one] > shape[two]:
+                return 1
+        return 0
+
+    # An insertion sort as torch has it: the comparison is not transitive, so another sort could end elsewhere.
+    order = list(range(rank - 1, -1, -1))
+    for start in range(1, rank):
+        here = start
+        for before in range(start - 1, -1, -1):
+            result = compare(order[before], order[here])
+            if result > 0:
+                order[before], order[here] = order[here], order[before]
+                here = before
+            elif result < 0:
+                break
+    strides = [0] * rank
+    step = 1
+    for dim in order:
+        strides[dim] = step
+        step *= shape[dim]
+    return tuple(strides)
+
+
+def _is_dense(shape: Sequence[int], strides: Sequence[int]) -> bool:
+    step = 1
+    for stride, size in sorted((stride, size) for stride, size in zip(strides, shape, strict=True) if size != 1):
+        if stride != step:
+            return False
+        step *= size
+    return True

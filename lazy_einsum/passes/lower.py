@@ -1,0 +1,268 @@
+"""Turn einsums into direct calls of torch, for the sizes and strides at hand."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+from torch import fx
+
+from ..graph import Facts, copy_graph, facts, fresh_storage, is_einsum, may_move, normal_strides, read_einsum, same_mode, stamp, type_of, uses
+from ..kernels import lower_plan
+from ..plan import Contraction, Plan
+from ..program import Program, Value
+from ..scalars import ONE, Factor, Tensors, dtype_of, read_linear, tensors
+from ..signature import TensorType, contiguous_strides
+from ..spec import EinsumSpec, fresh_symbols
+
+# Sums of narrower integers change their dtype in torch.einsum, or not, by rules of its own; they are rare, and stay its business.
+_DTYPES = frozenset({torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.complex64, torch.complex128, torch.int64})
+
+
+def lower(reassociate: bool | None = None) -> Callable[[fx.Graph], fx.Graph]:
+    """The pass that replaces einsums by the fewest calls that compute them.
+
+    Before::
+
+        einsum_1 = torch.einsum("abc,ac->ab", y, z)
+        einsum = torch.einsum("abc,ac->ab", x, einsum_1)
+        mul = einsum * 0.5
+
+    After (shapes of three dimensions)::
+
+        reshape = z.reshape((1000, 5, 1))
+        bmm = y.bmm(reshape)
+        ...
+
+    Einsums that feed each other and nothing else are lowered together, so that each intermediate is laid out as the next step wants it, and so are scalings among them.
+
+    Requires: exact facts; einsums of at most two operands (others stay, as do those of mixed or narrow integer dtypes and those under autocast).
+    Ensures: a result has the strides that its facts say, except where only einsums use it; it is a view of an operand where it was one before, and memory of its own where it was that.
+        The code holds for the sizes and strides in the facts only.
+
+    Args:
+        reassociate: True moves factors in float16 as well; False moves none.
+    """
+
+    def run(graph: fx.Graph) -> fx.Graph:
+        new = copy_graph(graph)
+        among = set(tensors(new))
+        storages = itertools.count(fresh_storage(new))
+        inner: set[fx.Node] = set()
+        trees: list[_Tree] = []
+        # From the last node to the first: the outermost einsum of a tree comes before those it takes in.
+        for node in reversed(list(new.nodes)):
+            tree = None if node in inner else _read_tree(node, among, reassociate)
+            if tree is not None:
+                inner.update(tree.nodes)
+                trees.append(tree)
+        written: dict[fx.Node, fx.Node] = {}
+        for tree in reversed(trees):
+            leaves = [written.get(leaf, leaf) for leaf in tree.leaves]
+            written[tree.root] = _write(tree, leaves, inner.issuperset(tree.root.users), storages)
+        return new
+
+    return run
+
+
+class _Step(NamedTuple):
+    """One einsum of a tree, its labels those of the whole.
+
+    Attributes:
+        operands: numbers of leaves, or steps.
+        spec: what it computes.
+    """
+
+    operands: tuple[int | _Step, ...]
+    spec: EinsumSpec
+
+
+@dataclass(frozen=True, slots=True)
+class _Tree:
+    """Einsums and scalings that are computed as one.
+
+    Attributes:
+        root: the node whose value they give.
+        nodes: all that they replace, in the order of the graph.
+        leaves: tensors that enter.
+        step: the last einsum.
+        factor: product of the scalings.
+    """
+
+    root: fx.Node
+    nodes: tuple[fx.Node, ...]
+    leaves: tuple[fx.Node, ...]
+    step: _Step
+    factor: Factor
+
+
+class _Reader:
+    """Collects one tree from its root."""
+
+    def __init__(self, root: fx.Node, among: Tensors, reassociate: bool | None) -> None:
+        self.root = root
+        self.among = among
+        self.reassociate = reassociate
+        self.factor = ONE
+        self.nodes: list[fx.Node] = []
+        self.leaves: list[fx.Node] = []
+        self.free: Iterator[str] = iter(())
+
+    def read(self) -> _Tree | None:
+        node = self.root
+        scaled = self.scaling(node)
+        if scaled is not None:
+            operand, factor = scaled
+            if uses(operand) != 1 or not may_move([operand], operand, node) or not same_mode(operand, node):
+                return None
+            found = _read_pair(operand)
+            if found is None or (found[0].is_view_only and factor.value == 1):
+                return None
+            self.factor = factor
+            self.nodes.append(node)
+            node = operand
+        found = _read_pair(node)
+        if found is None:
+            return None
+        self.free = fresh_symbols(found[0].labels)
+        step = self.step(node, *found)
+        self.nodes.reverse()
+        return _Tree(self.root, tuple(self.nodes), tuple(self.leaves), step, self.factor)
+
+    def scaling(self, node: fx.Node) -> tuple[fx.Node, Factor] | None:
+        """What ``node`` scales and by how much, if it does only that and the factor may be applied elsewhere."""
+        linear = read_linear(node, self.among)
+        if linear is None or not linear.only_scales or self.reassociate is False:
+            return None
+        operand = linear.operands[0][0]
+        factor = self.factor.times(linear.factor)
+        dtype = dtype_of(node)
+        if dtype not in _DTYPES or dtype_of(operand) != dtype:
+            return None
+        if not (linear.factor.fits(dtype, self.reassociate) and factor.fits(dtype, self.reassociate)):
+            return None
+        return operand, factor
+
+    def step(self, node: fx.Node, spec: EinsumSpec, operands: Sequence[fx.Node]) -> _Step:
+        self.nodes.append(node)
+        taken = tuple(self.operand(node, operand, term, len(operands)) for operand, term in zip(operands, spec.inputs, strict=True))
+        return _Step(taken, spec)
+
+    def operand(self, user: fx.Node, operand: fx.Node, term: str, siblings: int) -> int | _Step:
+        """The number of a leaf, or the step that gives the operand whose labels are ``term``."""
+        scaled = self.scaling(operand) if uses(operand) == 1 and same_mode(operand, self.root) else None
+        if scaled is not None and may_move([scaled[0]], operand, self.root):
+            self.nodes.append(operand)
+            operand, self.factor = scaled
+        found = _read_pair(operand) if uses(operand) == 1 and siblings == 2 and len(set(term)) == len(term) else None
+        if found is not None and len(found[1]) == 2 and same_mode(operand, self.root) and may_move(found[1], operand, self.root):
+            spec, operands = found
+            names = dict(zip(spec.output, term, strict=True))
+            for label in spec.labels:
+                if label not in names:
+                    names[label] = next(self.free)
+            return self.step(operand, spec.rename(names.__getitem__), operands)
+        self.leaves.append(operand)
+        return len(self.leaves) - 1
+
+
+def _read_tree(node: fx.Node, among: Tensors, reassociate: bool | None) -> _Tree | None:
+    return _Reader(node, among, reassociate).read() if type_of(node) is not None else None
+
+
+def _read_pair(node: fx.Node) -> tuple[EinsumSpec, tuple[fx.Node, ...]] | None:
+    """The einsum ``node``, if it can be lowered."""
+    found = read_einsum(node) if is_einsum(node) else None
+    known = facts(node)
+    if found is None or known is None or not known.movable or known.type is None or len(found[1]) > 2:
+        return None
+    dtypes = {known.type.dtype, *(dtype_of(operand) for operand in found[1])}
+    return found if len(dtypes) == 1 and dtypes <= _DTYPES else None
+
+
+def _write(tree: _Tree, leaves: Sequence[fx.Node], free: bool, storages: Iterator[int]) -> fx.Node:
+    """Replace the tree by its program.
+
+    Args:
+        tree: what is replaced.
+        leaves: the nodes that give its leaves by now.
+        free: whether any strides will do.
+        storages: numbers for new memory.
+
+    Returns:
+        What gives the value of ``tree.root`` now.
+    """
+    root, graph = tree.root, tree.root.graph
+    known = facts(root)
+    assert known is not None and known.type is not None
+    types = [entering for leaf in leaves if (entering := type_of(leaf))]
+    number = None if tree.factor == ONE else tree.factor.number
+    is_view = tree.step.spec.is_view_only and number is None
+    order = None if free or is_view else _memory_order(known.type)
+    program = lower_plan(_plan(tree, order), types, contiguous=order is not None, scale=number)
+    inside = replace(known, type=None, storage=next(storages), writes=())
+    with graph.inserting_before(root):
+        result = _emit(graph, program, leaves, inside)
+        stride = program.stride
+        if order is not None and order != tuple(range(len(order))):
+            result = stamp(graph.call_method("permute", (result, tuple(order.index(dim) for dim in range(len(order))))), inside)
+            stride = known.type.stride
+    result.meta = dict(root.meta)
+    stamp(result, replace(known, type=replace(known.type, stride=normal_strides(known.type.shape, stride))))
+    root.replace_all_uses_with(result)
+    for node in reversed(tree.nodes):
+        graph.erase_node(node)
+    return result
+
+
+def _emit(graph: fx.Graph, program: Program, leaves: Sequence[fx.Node], inside: Facts) -> fx.Node:
+    """Write the calls of a program at the insertion point; the node of its result."""
+    values = list(leaves)
+    for call in program.calls:
+        args = tuple(values[arg.number] if isinstance(arg, Value) else arg for arg in call.args)
+        values.append(stamp(graph.call_method(call.target, args, dict(call.kwargs)), inside))
+    return values[-1]
+
+
+def _plan(tree: _Tree, order: Sequence[int] | None) -> Plan:
+    """The tree as a plan, the dimensions of its result in this order."""
+    terms: dict[int, str] = {}
+    shapes: list[tuple[int, ...]] = [_shape(leaf) for leaf in tree.leaves]
+    steps: list[Contraction] = []
+
+    def write(step: _Step, output: str) -> int:
+        numbers = []
+        for operand, term in zip(step.operands, step.spec.inputs, strict=True):
+            if isinstance(operand, int):
+                terms[operand] = term
+                numbers.append(operand)
+            else:
+                numbers.append(write(operand, term))
+        spec = EinsumSpec(step.spec.inputs, output)
+        taken = tuple(shapes[number] for number in numbers)
+        steps.append(Contraction(tuple(numbers), spec, taken, spec.output_shape(taken), 0))
+        shapes.append(steps[-1].shape)
+        return len(shapes) - 1
+
+    output = tree.step.spec.output
+    write(tree.step, output if order is None else "".join(output[dim] for dim in order))
+    spec = EinsumSpec(tuple(terms[number] for number in range(len(tree.leaves))), steps[-1].spec.output)
+    return Plan(spec, tuple(shapes[: len(tree.leaves)]), tuple(steps), 0, 0, 0.0, 0, "given")
+
+
+def _shape(node: fx.Node) -> tuple[int, ...]:
+    known = type_of(node)
+    assert known is not None
+    return known.shape
+
+
+def _memory_order(known: TensorType) -> tuple[int, ...] | None:
+    """The dimensions, outermost in memory first; ``None`` where they leave gaps or overlap."""
+    order = tuple(sorted(range(len(known.shape)), key=lambda dim: (-known.stride[dim], dim)))
+    dense = contiguous_strides([known.shape[dim] for dim in order])
+    if known.is_contiguous or 0 in known.shape:
+        return tuple(range(len(known.shape)))
+    return order if all(known.shape[dim] == 1 or known.stride[dim] == step for dim, step in zip(order, dense, strict=True)) else None

@@ -1,0 +1,56 @@
+"""Random programs through ``OptimizedModule``, and proof that the generator of those programs finds faults."""
+
+from __future__ import annotations
+
+import pytest
+from fuzzer import EVERYTHING, PREDECESSOR, PROFILES, PURE, Profile, check, check_against, generate
+
+from lazy_einsum import OptimizedModule
+
+#: (profile, first seed, number of programs): in chunks, so that the suite spreads over processes.
+QUICK = [(EVERYTHING, start, 50) for start in range(0, 600, 50)] + [(PURE, start, 50) for start in range(0, 400, 50)]
+LONG = [(EVERYTHING, start, 250) for start in range(10_000, 16_000, 250)]
+LONG += [(PURE, start, 250) for start in range(10_000, 14_000, 250)]
+
+
+def _label(chunk: tuple[Profile, int, int]) -> str:
+    return f"{chunk[0].name}-{chunk[1]}"
+
+
+def _check_all(chunk: tuple[Profile, int, int]) -> None:
+    profile, start, count = chunk
+    failures = [check(generate(seed, profile), OptimizedModule) for seed in range(start, start + count)]
+    found = [failure for failure in failures if failure is not None]
+    assert not found, f"{len(found)} of {count} programs differ from eager; the first:\n{found[0]}"
+
+
+@pytest.mark.parametrize("chunk", QUICK, ids=_label)
+def test_random_programs(chunk: tuple[Profile, int, int]) -> None:
+    _check_all(chunk)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("chunk", LONG, ids=_label)
+def test_many_random_programs(chunk: tuple[Profile, int, int]) -> None:
+    _check_all(chunk)
+
+
+@pytest.mark.parametrize("name", sorted(PROFILES))
+def test_eager_agrees_with_itself(name: str) -> None:
+    """The oracle has no opinion of its own: a module that is not rewritten passes."""
+    for seed in range(60):
+        failure = check_against("eager", generate(seed, PROFILES[name]))
+        assert failure is None, str(failure)
+
+
+def test_a_seed_is_a_program() -> None:
+    for seed in range(20):
+        assert generate(seed) == generate(seed)
+        assert generate(seed).body != generate(seed + 1).body
+
+
+def test_the_fuzzer_finds_the_predecessor_wrong() -> None:
+    """A library known to be wrong on such programs is the control experiment."""
+    pytest.importorskip("opt_einsum_fx")
+    wrong = sum(check_against("opt_einsum_fx", generate(seed, PREDECESSOR)) is not None for seed in range(100))
+    assert wrong > 5

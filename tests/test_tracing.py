@@ -1,0 +1,410 @@
+"""The hazards of tracing, one row each: code that a trace can represent, and code that it must refuse, with the reason and the user's line."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import random
+import re
+import threading
+import weakref
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+import torch.utils.checkpoint
+from behaviour import differences, observe
+from torch import Tensor, nn
+
+from lazy_einsum import FallbackWarning, OptimizedModule, UntraceableError
+
+einsum = torch.einsum
+
+
+class Program(nn.Module):
+    """Runs ``function(self, *args)`` with the given attributes on itself."""
+
+    def __init__(self, function: Callable[..., Any], **attributes: Any) -> None:
+        super().__init__()
+        self.function = function
+        for name, value in attributes.items():
+            setattr(self, name, value)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.function(self, *args, **kwargs)
+
+
+class Double(torch.autograd.Function):
+    """Has a backward that is not the derivative, so that losing it shows."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x * 2
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return gradient * 7
+
+
+class Configuration:
+    def __init__(self) -> None:
+        self.use = True
+        self.sizes = [2, 2]
+
+
+@dataclass(frozen=True)
+class FrozenConfiguration:
+    scale: float = 3.0
+
+
+class Pair(NamedTuple):
+    first: Any
+    second: Any
+
+
+GLOBAL = torch.randn(4, dtype=torch.float64)
+KEPT: dict[str, Tensor] = {}
+
+
+def x34() -> Tensor:
+    return torch.randn(3, 4, dtype=torch.float64)
+
+
+def program(function: Callable[..., Any], **attributes: Any) -> Callable[[], nn.Module]:
+    return lambda: Program(function, **{name: make() if callable(make) else make for name, make in attributes.items()})
+
+
+def autocast_inside(self: Any, x: Tensor) -> Tensor:
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        return einsum("ij,kj->ik", x, x)
+
+
+def inference_inside(self: Any, x: Tensor) -> Tensor:
+    with torch.inference_mode():
+        return x * 2
+
+
+def checkpointed(x: Tensor, reentrant: bool) -> Any:
+    return torch.utils.checkpoint.checkpoint(lambda z: (z * 2).sin(), x, use_reentrant=reentrant)
+
+
+def seeded(self: Any, x: Tensor) -> Tensor:
+    torch.manual_seed(0)
+    return x + torch.rand(4, dtype=x.dtype)
+
+
+def forked(self: Any, x: Tensor) -> Tensor:
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        return x + torch.rand(4, dtype=x.dtype)
+
+
+def hooks_tensor(self: Any, x: Tensor) -> Tensor:
+    z = x * 2
+    if z.requires_grad:
+        z.register_hook(lambda gradient: gradient * 5)
+    return z
+
+
+def sets_requires_grad(self: Any, x: Tensor) -> Tensor:
+    z = x.detach()
+    z.requires_grad = True
+    return z * 2
+
+
+def counts(self: Any, x: Tensor) -> Tensor:
+    self.n += 1
+    return x * self.n
+
+
+def remembers(self: Any, x: Tensor) -> Tensor:
+    self.h = x.detach() * 2
+    return self.h + 1
+
+
+def appends(self: Any, x: Tensor) -> Tensor:
+    self.log.append(1)
+    return x * len(self.log)
+
+
+def keeps(self: Any, x: Tensor) -> Tensor:
+    KEPT["x"] = x.detach() * 2
+    return KEPT["x"] + 1
+
+
+def locks(self: Any, x: Tensor) -> Tensor:
+    with self.lock:
+        return x * 2
+
+
+def swallows(self: Any, x: Tensor) -> Tensor:
+    try:
+        return x * x.sum().item()
+    except RuntimeError:
+        return x
+
+
+def changes_configuration(self: Any, x: Tensor) -> Tensor:
+    self.configuration.use = not self.configuration.use
+    return x * 2
+
+
+def backward_inside(self: Any, x: Tensor) -> Tensor:
+    with torch.enable_grad():
+        z = x.detach().requires_grad_()
+        (z * z).sum().backward()
+    assert z.grad is not None
+    return z.grad
+
+
+REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
+    "autograd.Function": (program(lambda self, x: Double.apply(x).sin()), "autograd.Function"),
+    "vmap inside": (program(lambda self, x: torch.vmap(lambda row: row * 2)(x)), "torch.func"),
+    "torch.func.grad inside": (
+        program(lambda self, x: torch.func.grad(lambda z: (z * z).sum())(x)),
+        "torch.func|requires_grad_",
+    ),
+    "autocast inside": (program(autocast_inside), "autocast"),
+    "inference mode inside": (program(inference_inside), "inference mode"),
+    "checkpoint": (program(lambda self, x: checkpointed(x, False)), "checkpointing"),
+    "reentrant checkpoint": (program(lambda self, x: checkpointed(x, True)), "grad mode|autograd.Function"),
+    "manual_seed": (program(seeded), "seeded"),
+    "fork_rng": (program(forked), "seeded"),
+    "Python's random": (program(lambda self, x: x * random.random()), "Python's random generator"),
+    "NumPy's random": (program(lambda self, x: x * float(np.random.rand())), "NumPy's random generator"),
+    "tensor hook": (program(hooks_tensor), "register_hook"),
+    "requires_grad set": (program(sets_requires_grad), "sets requires_grad"),
+    "backward": (program(backward_inside), "requires_grad_|backward"),
+    "item": (program(lambda self, x: x * x.sum().item()), "item"),
+    "item, error swallowed": (program(swallows), "item"),
+    "branch on a value": (program(lambda self, x: x * 2 if x.sum() > 0 else x), "values of a tensor"),
+    "boolean mask": (program(lambda self, x: x[x > 0]), "values of a tensor"),
+    "numpy": (program(lambda self, x: torch.from_numpy(x.detach().numpy() * 2)), "numpy"),
+    "counter": (program(counts, n=0), "sets an attribute"),
+    "attribute set": (program(remembers), "sets the module.h"),
+    "list appended": (program(appends, log=lambda: []), "changes self.log"),
+    "object changed": (program(changes_configuration, configuration=Configuration), "sets self.configuration.use"),
+    "global tensor": (program(lambda self, x: x * GLOBAL), "neither an argument nor reached"),
+    "kept in a global": (program(keeps), "outlives the call"),
+    "lock used": (program(locks, lock=threading.Lock), "self.lock, a _thread.lock"),
+    "submodule copied": (
+        program(lambda self, x: copy.deepcopy(self.layer)(x), layer=lambda: nn.Linear(4, 4).double()),
+        "copy.py",
+    ),
+    "own list returned": (program(lambda self, x: (x, self.log), log=lambda: [1, 2]), "belongs to the module"),
+    "TorchScript submodule": (lambda: nn.Sequential(torch.jit.script(nn.Linear(4, 3).double())), "TorchScript"),
+}
+
+
+def in_two_modes(self: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+    y = x * 2
+    with torch.no_grad():
+        z = y * 3
+        z += 1
+    return y, z
+
+
+def writes(self: Any, x: Tensor) -> Tensor:
+    y = x * 1
+    y[0] = 1.0
+    y[:, 1].mul_(3)
+    y.add_(1).clamp_(max=2)
+    return y
+
+
+def differentiates(self: Any, x: Tensor) -> Tensor:
+    y = (x * self.w).pow(3).sum()
+    (gradient,) = torch.autograd.grad(y, self.w, create_graph=True)
+    return gradient * x
+
+
+def hooked() -> nn.Module:
+    module = nn.Sequential(nn.Linear(4, 3), nn.Tanh()).double()
+    module[0].register_forward_hook(lambda module, args, output: output * 2)
+    module[1].register_forward_pre_hook(lambda module, args: (args[0] + 1,))
+    module[1].register_full_backward_hook(lambda module, inputs, outputs: (inputs[0] * 3,))
+    module.register_forward_hook(lambda module, args, output: output + 1)
+    module.register_forward_pre_hook(lambda module, args: (args[0] * 2,))
+    return module
+
+
+def compiled_in_place() -> nn.Module:
+    layer = nn.Linear(4, 3).double()
+    layer.compile(backend="eager")
+    return nn.Sequential(layer, nn.Tanh())
+
+
+def tied() -> nn.Module:
+    first, second = nn.Linear(4, 4).double(), nn.Linear(4, 4).double()
+    second.weight = first.weight
+    return nn.Sequential(first, nn.Tanh(), second, first)
+
+
+TRACED: dict[str, Callable[[], nn.Module]] = {
+    "configuration object": program(lambda self, x: x * self.c.sizes[0] if self.c.use else x, c=Configuration),
+    "frozen dataclass": program(lambda self, x: x * self.c.scale, c=FrozenConfiguration),
+    "lock not used": program(lambda self, x: x * 2, lock=threading.Lock),
+    "generator not used": program(lambda self, x: x * 2, g=lambda: (i for i in range(3))),
+    "tensor attribute": program(lambda self, x: x * self.t, t=lambda: torch.tensor(3.0, dtype=torch.float64)),
+    "tensors in containers": program(
+        lambda self, x: x * self.t[0] + self.t[1]["a"], t=lambda: [torch.tensor(3.0), {"a": torch.ones(4)}]
+    ),
+    "tensor written": program(lambda self, x: x * self.t.add_(1), t=lambda: torch.zeros(4)),
+    "function attribute": program(lambda self, x: self.act(x), act=lambda: F.silu),
+    "absent attribute": program(lambda self, x: x * 2 if hasattr(self, "missing") else x * 3),
+    "modules listed": program(
+        lambda self, x: functools.reduce(lambda y, m: m(y), self.ms, x),
+        ms=lambda: nn.ModuleList([nn.Tanh(), nn.ReLU()]),
+    ),
+    "parameters listed": program(
+        lambda self, x: sum(p.sum() for p in self.parameters()) + x, l=lambda: nn.Linear(2, 2).double()
+    ),
+    "named tuple result": program(lambda self, x: Pair(x * 2, [x + 1, None])),
+    "OrderedDict result": program(lambda self, x: OrderedDict(a=x * 2, b=(x.shape, x.dtype, 1.5))),
+    "dropout": program(lambda self, x: self.d(x), d=lambda: nn.Dropout(0.5)),
+    "random numbers": program(lambda self, x: x + torch.rand(3, 4) + torch.randn_like(x) + torch.randperm(4)),
+    "BatchNorm": program(lambda self, x: self.n(x), n=lambda: nn.BatchNorm1d(4).double()),
+    "InstanceNorm": program(
+        lambda self, x: self.n(x[None]), n=lambda: nn.InstanceNorm1d(3, track_running_stats=True).double()
+    ),
+    "LSTM": program(lambda self, x: self.r(x[None])[0], r=lambda: nn.LSTM(4, 3, 2, batch_first=True).double()),
+    "GRU": program(
+        lambda self, x: self.r(x[None])[1], r=lambda: nn.GRU(4, 3, batch_first=True, bidirectional=True).double()
+    ),
+    "attention": program(
+        lambda self, x: self.a(x[None], x[None], x[None]),
+        a=lambda: nn.MultiheadAttention(4, 2, batch_first=True).double(),
+    ),
+    "transformer": program(
+        lambda self, x: self.t(x[None], x[None]), t=lambda: nn.Transformer(4, 2, 1, 1, 8, batch_first=True).double()
+    ),
+    "parametrized weight_norm": lambda: torch.nn.utils.parametrizations.weight_norm(nn.Linear(4, 3).double()),
+    "parametrized orthogonal": lambda: torch.nn.utils.parametrizations.orthogonal(nn.Linear(4, 4).double()),
+    "parametrized spectral_norm": lambda: torch.nn.utils.parametrizations.spectral_norm(nn.Linear(4, 3).double()),
+    "tied weights": tied,
+    "hooks": hooked,
+    "compiled submodule": lambda: nn.Sequential(torch.compile(nn.Linear(4, 3).double(), backend="eager"), nn.Tanh()),
+    "submodule compiled in place": compiled_in_place,
+    "nested wrapper": lambda: nn.Sequential(OptimizedModule(nn.Linear(4, 3).double()), nn.Tanh()),
+    "views returned": program(lambda self, x: (x, x.T, x[0], einsum("ij->ji", x), x)),
+    "grad modes": program(in_two_modes),
+    "no_grad decorator": program(torch.no_grad()(lambda self, x: x * 2)),
+    "writes": program(writes),
+    "autograd.grad inside": program(differentiates, w=lambda: nn.Parameter(torch.ones(4, dtype=torch.float64))),
+    "reflected operators": program(
+        lambda self, x: 1 / x + (2 - x) + 2**x + x**2 + x ** x.abs() + -x + +x + (True + x) + (3.0 - x) * (2 * x)
+    ),
+    "indexing": program(lambda self, x: x[None, ..., 1:] + x[torch.tensor([0, 1, 2]), :][:, [0, 1, 2]]),
+    "several results": program(
+        lambda self, x: (x.max(-1).values, x.topk(2).indices, x.sort(-1)[0], *x.unbind(0), *torch.std_mean(x))
+    ),
+    "iteration": program(lambda self, x: sum(row.sum() for row in x)),
+    "shapes": program(lambda self, x: x.reshape(x.shape[0] * 2 * 2, -1) if len(x) > 2 else x),
+    "strides asked": program(lambda self, x: x.as_strided((2, 2), (x.stride(0), x.stride(1)))),
+    "constants made": program(
+        lambda self, x: x * torch.tensor([1.0, 2.0, 3.0, 4.0]) + torch.arange(4) + torch.full((4,), 2)
+    ),
+    "complex": program(lambda self, x: torch.fft.fft(x).conj() * 2j),
+    "masks": program(lambda self, x: torch.where(x > 0, x, -x).masked_fill(x > 1, 0.0)),
+    "scaled_dot_product_attention": program(lambda self, x: F.scaled_dot_product_attention(x[None], x[None], x[None])),
+    "convolutions": program(
+        lambda self, x: self.c(x[None, None]),
+        c=lambda: nn.Sequential(nn.Conv2d(1, 2, 3, padding=1), nn.BatchNorm2d(2), nn.ReLU(inplace=True)).double(),
+    ),
+}
+
+
+def observe_twice(make: Callable[[], nn.Module], requires_grad: bool) -> tuple[list[str], OptimizedModule, list[str]]:
+    """Three calls wrapped and unwrapped; the differences, the wrapper, the fall-backs."""
+    torch.manual_seed(0)
+    plain = make()
+    torch.manual_seed(0)
+    child = make()
+    wrapped = OptimizedModule(child)
+    found: list[str] = []
+    fallen: list[str] = []
+    for number in range(3):
+        torch.manual_seed(number)
+        x = x34()
+        inputs = [x.clone().requires_grad_(requires_grad) for _ in range(2)]
+        theirs = observe(plain, (inputs[0],), module=plain)
+        assert theirs.error is None, theirs.error
+        ours = observe(wrapped, (inputs[1],), module=child)
+        found += differences(ours, theirs)
+        fallen += [str(w.message) for w in ours.warned if issubclass(w.category, FallbackWarning)]
+    return found, wrapped, fallen
+
+
+@pytest.mark.parametrize("requires_grad", [False, True])
+@pytest.mark.parametrize("name", TRACED)
+def test_traced(name: str, requires_grad: bool) -> None:
+    found, wrapped, fallen = observe_twice(TRACED[name], requires_grad)
+    assert found == [] and fallen == []
+    info = wrapped.cache_info()
+    assert (info.hits, info.misses, info.fallbacks) == (2, 1, 0)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
+@pytest.mark.parametrize("name", REFUSED)
+def test_refused(name: str) -> None:
+    make, reason = REFUSED[name]
+    # Python's and NumPy's generators are seeded by observe(), so results can be compared.
+    found, wrapped, fallen = observe_twice(make, True)
+    assert found == []
+    assert len(fallen) == 1 and re.search(reason, fallen[0]), fallen
+    assert wrapped.cache_info().fallbacks == 3 and wrapped.cache_info().currsize == 0
+    with pytest.raises(UntraceableError, match=reason):
+        OptimizedModule(make(), on_untraceable="raise")(x34().requires_grad_())
+
+
+def test_reason_names_the_users_line() -> None:
+    with pytest.raises(UntraceableError, match=rf"{re.escape(__file__)}:\d+"):
+        OptimizedModule(Program(lambda self, x: x * x.sum().item()), on_untraceable="raise")(x34())
+
+
+def test_nothing_is_computed_and_nothing_kept() -> None:
+    """A trace sees types only: an operand of a terabyte is as good as any."""
+    module = Program(lambda self, x: einsum("ij,jk->ik", x, x).sum())
+    huge = torch.empty(1).expand(500_000, 500_000)
+    entry = OptimizedModule(module).prepare(huge)
+    assert entry.signature.arguments.leaves[0].shape == (500_000, 500_000)
+    wrapped = OptimizedModule(nn.Linear(4, 3).double())
+    x = x34()
+    weak = weakref.ref(x), weakref.ref(wrapped.module.weight)
+    wrapped(x)
+    wrapped.module.weight = nn.Parameter(torch.zeros(3, 4, dtype=torch.float64))
+    del x
+    assert weak[0]() is None and weak[1]() is None
+
+
+def test_user_sees_no_fake_in_the_child() -> None:
+    """The shadow takes all side effects, also where the trace is refused."""
+    module = Program(remembers)
+    wrapped = OptimizedModule(module, on_untraceable="ignore")
+    x = x34()
+    wrapped(x)
+    assert type(module.h) is Tensor and torch.equal(module.h, x * 2)
+
+
+def test_hook_that_changes_the_type_of_a_result() -> None:
+    """A live call that gives another type than foreseen is no crash: the child runs instead."""
+    module = nn.Sequential(nn.Linear(4, 3), nn.Tanh()).double()
+    module[0].register_forward_hook(lambda module, args, output: output.float())
+    wrapped = OptimizedModule(module)
+    x = x34()
+    with pytest.warns(FallbackWarning, match="hook"):
+        result = wrapped(x)
+    assert torch.equal(result, module(x))
+    flag = []
+    module = nn.Sequential(nn.Linear(4, 3), nn.Tanh()).double()
+    module[0].register_forward_hook(lambda module, args, output: output[:1] if flag else None)
+    wrapped = OptimizedModule(module)
+    assert torch.equal(wrapped(x), module(x))
+    flag.append(1)
+    with pytest.warns(FallbackWarning, match="hook"):
+        assert torch.equal(wrapped(x), module(x))
