@@ -1,5 +1,6 @@
 """Optimized einsums for PyTorch modules: wrap a model in ``OptimizedModule`` and use it as before."""
 
+from .contract import einsum
 from .errors import (
     CacheThrashWarning,
     EquationError,
@@ -35,6 +36,7 @@ __all__ = [
     "TensorType",
     "UntraceableError",
     "disabled",
+    "einsum",
     "fuse_einsums",
     "fuse_scalars",
     "jitable",

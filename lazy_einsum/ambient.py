@@ -10,6 +10,7 @@ import os
 import random
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -100,6 +101,13 @@ def ambient() -> tuple[tuple[str, Any], ...]:
 def inner_state() -> tuple[object, ...]:
     """What ``forward`` may not change around single operations: compared at each of them while tracing. The grad mode, which may change, is not part of it."""
     return (torch.is_inference_mode_enabled(), any_autocast() and autocast_state(), torch.get_default_dtype(), saved_tensor_hooks(), in_functorch())
+
+
+def no_modes() -> AbstractContextManager[Any]:
+    """A context in which no ``TorchDispatchMode`` is active. (Leaving each mode by hand, the public way, would have to know all that are active.)"""
+    from torch.utils._python_dispatch import _disable_current_modes
+
+    return _disable_current_modes()
 
 
 class RandomState:

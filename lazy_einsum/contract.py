@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from types import EllipsisType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch.overrides import handle_torch_function, has_torch_function
@@ -21,6 +21,8 @@ _INTEGERS = frozenset({torch.bool, torch.uint8, torch.int8, torch.int16, torch.i
 # Where nothing is known of a size, all are taken as equal.
 _UNKNOWN_SIZE = 64
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
+
+_F = TypeVar("_F", bound=Callable[..., Any])
 
 Sublist = tuple[int | EllipsisType, ...]
 # Sublists of an equation given by integers: one for each operand, and that of the output or None.
@@ -122,7 +124,7 @@ def _prepare(
     shapes = [tuple(shape) for shape, _ in parts]
     spec = _parse(equation, [len(shape) for shape in shapes])
     spec.sizes(shapes)
-    if dtype in _INTEGERS and len(parts) > 1 and spec.lone:
+    if dtype in _INTEGERS and len(parts) > 1 and spec.lone(shapes):
         # torch.einsum sums labels of one operand to int64 first, and whether it then fails depends on its order.
         return None
     plan = make_plan(spec, shapes)
@@ -162,19 +164,25 @@ def _compiling(equation: str | _Sublists, operands: Sequence[torch.Tensor]) -> t
     return values[-1]
 
 
-@torch.compiler.assume_constant_result
+def _constant(function: _F) -> _F:
+    """Let Dynamo call a function while it traces, and take the result as a constant."""
+    decorate: Callable[[_F], _F] = torch.compiler.assume_constant_result
+    return decorate(function)
+
+
+@_constant
 def _constant_steps(equation: str | _Sublists, ranks: tuple[int, ...]) -> tuple[tuple[tuple[int, ...], str], ...]:
     spec = _parse(equation, ranks)
     plan = make_plan(spec, [(_UNKNOWN_SIZE,) * rank for rank in ranks], generic=True)
     return tuple((step.operands, str(step.spec.canonical())) for step in plan.steps)
 
 
-@torch.compiler.assume_constant_result
+@_constant
 def _constant_text(equation: str | _Sublists, ranks: tuple[int, ...]) -> str:
     return str(_parse(equation, ranks).canonical())
 
 
-@torch.compiler.assume_constant_result
+@_constant
 def _fits_torch(equation: str | _Sublists, ranks: tuple[int, ...]) -> bool:
     return _parse(equation, ranks).n_labels <= 52
 

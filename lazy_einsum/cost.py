@@ -6,6 +6,7 @@ process chooses the same plan; only ratios between alternatives matter.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 
@@ -112,7 +113,7 @@ def copy_seconds(elements: int, run: int, distance: int = 1, machine: Machine = 
         distance: how many are visited before the neighbour of the first one.
         machine: constants.
     """
-    gather = elements * machine.copy_element / max(1, min(run, 16)) ** 0.6
+    gather = elements * machine.copy_element * math.pow(max(1, min(run, 16)), -0.6)
     if run < 16 and distance > machine.copy_distance:
         gather *= 3
     return machine.launch + max(gather, traffic_seconds(2 * ITEM * elements, machine))

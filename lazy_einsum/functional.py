@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -269,7 +270,9 @@ class EfficientShapeProp(fx.Interpreter):
             stamp(n, Facts(None, EVERYTHING, written))
             n.meta["tensor_meta"], n.meta["type"] = None, None
         elif isinstance(result, torch.Tensor):
-            stamp(n, Facts(TensorType.of(result), self._storage(result), written))
+            # Later calls may come with inputs that require grad, so that is what the passes have to reckon with.
+            follows = result.is_floating_point() or result.is_complex()
+            stamp(n, Facts(replace(TensorType.of(result), requires_grad=follows), self._storage(result), written))
             n.meta["tensor_meta"] = TensorMeta(result.shape, result.dtype)
             n.meta["type"] = nn.Parameter if isinstance(result, nn.Parameter) else torch.Tensor
         else:
@@ -391,5 +394,5 @@ def _stamp_from_tensor_meta(graph: fx.Graph) -> None:
         meta = node.meta.get("tensor_meta")
         if isinstance(meta, tuple) and hasattr(meta, "shape") and hasattr(meta, "dtype"):
             shape = tuple(meta.shape)
-            known = TensorType(shape, meta.dtype, torch.device("cpu"), contiguous_strides(shape))
+            known = TensorType(shape, meta.dtype, torch.device("cpu"), contiguous_strides(shape), requires_grad=True)
             stamp(node, Facts(known, EVERYTHING, writes(node)))

@@ -138,20 +138,49 @@ def writes(node: fx.Node) -> tuple[int, ...]:
     return (EVERYTHING,) if inplace else ()
 
 
-def may_move(reads: Iterable[fx.Node], start: fx.Node, end: fx.Node) -> bool:
-    """Whether an operation at ``start`` that reads the values ``reads`` gives the same when it runs just before ``end``, a later node of the same graph.
+class Writers:
+    """The nodes of a graph that write memory, to ask what may be read, or kept for the backward pass, elsewhere than it is.
 
-    It does unless something between the two writes memory that it reads.
+    Right as long as the writing nodes stay and nothing else starts to write.
+
+    Args:
+        graph: all of it is read once.
     """
-    read = [facts(node) for node in reads]
-    storages = {known.storage if known and known.storage is not None else EVERYTHING for known in read}
-    node = start.next
-    while node is not end:
-        written = writes(node)
-        if written and (EVERYTHING in written or EVERYTHING in storages or not storages.isdisjoint(written)):
+
+    def __init__(self, graph: fx.Graph) -> None:
+        self._writes = [(node, written) for node in graph.nodes if (written := writes(node))]
+
+    def write_any(self, reads: Iterable[fx.Node], after: fx.Node, before: fx.Node | None = None) -> bool:
+        """Whether a node after ``after``, and before ``before`` if that is given, writes memory of the values ``reads``."""
+        if not self._writes:
             return False
-        node = node.next
-    return True
+        known = [facts(node) for node in reads]
+        storages = {EVERYTHING if k is None or k.storage is None else k.storage for k in known}
+        for node, written in self._writes:
+            if after < node and (before is None or node < before):
+                if EVERYTHING in written or EVERYTHING in storages or not storages.isdisjoint(written):
+                    return True
+        return False
+
+    def allow(self, reads: Sequence[fx.Node], start: fx.Node, end: fx.Node) -> bool:
+        """Whether what ``start`` computes from ``reads`` may be computed at ``end`` instead, a later node that needs it.
+
+        Not if a node between the two writes what it reads. Not if any later node does, where autograd keeps operands of ``end``: the backward pass would refuse.
+        """
+        return not self.write_any(reads, start, None if may_require_grad(end) else end)
+
+    def hold(self, node: fx.Node) -> bool:
+        """Whether ``node`` has to stay just as it is, as it runs under autograd and its operands are written later.
+
+        Eager code of this kind works by what the operations happen to keep: a copy of the operand, or nothing at all.
+        """
+        return bool(self._writes) and may_require_grad(node) and self.write_any(node.all_input_nodes, node)
+
+
+def may_require_grad(node: fx.Node) -> bool:
+    """Whether autograd may follow the value of ``node``."""
+    known = facts(node)
+    return known is None or known.type is None or known.type.requires_grad
 
 
 def same_mode(first: fx.Node, second: fx.Node) -> bool:

@@ -485,7 +485,7 @@ def _multiply_sum_way(
     seconds = cost.multiply_seconds(elements, product(a.labels + b.labels, sizes))
     seconds += cost.sum_seconds(elements, elements // max(product(summed, sizes), 1), not inner)
     seconds += cost.CPU.launch * (_arrange_calls(a, first) + _arrange_calls(b, second))
-    for layout, strides in ((a, sa), (b, sb)):
+    for strides in (sa, sb):
         own = "".join(label for label in order if label in strides)
         run = contiguous_run(own, strides, sizes)
         if run < 16:

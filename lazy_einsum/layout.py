@@ -1,4 +1,4 @@
-"""``Layout``: a tensor as labels and strides. What can be viewed, what has to be copied, what a result will look like."""
+"""``Layout``: a tensor as labels and strides; what can be viewed, what is copied, what a result will look like."""
 
 from __future__ import annotations
 
@@ -78,7 +78,8 @@ def label_strides(layout: Layout, sizes: Sizes) -> dict[str, int]:
 def group_strides(groups: Sequence[str], strides: Mapping[str, int], sizes: Sizes) -> tuple[int, ...] | None:
     """Strides of the view whose dimensions are these groups of labels; ``None`` where only a copy has these dimensions.
 
-    >>> group_strides(["ab"], {"a": 3, "b": 1}, {"a": 2, "b": 3}), group_strides(["ba"], {"a": 3, "b": 1}, {"a": 2, "b": 3})
+    >>> strides, sizes = {"a": 3, "b": 1}, {"a": 2, "b": 3}
+    >>> group_strides(["ab"], strides, sizes), group_strides(["ba"], strides, sizes)
     ((1,), None)
     """
     found = []

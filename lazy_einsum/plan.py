@@ -1,4 +1,4 @@
-"""``make_plan``: in which order an einsum contracts its operands, pair by pair. The only user of opt_einsum; no tensors here.
+"""``make_plan``: in which order an einsum contracts its operands, pair by pair. The only user of opt_einsum.
 
 A network is normalised first, as no path finder does it itself: diagonals are taken, labels of size 1 and labels that
 only one operand has are dropped. Then labels are bits, an operand is an integer, and every strategy has one shape:
@@ -173,8 +173,10 @@ def _plan(
     sizes = spec.sizes(shapes)
     network = _Network.of(spec, shapes, sizes, generic)
     limit = _limit(memory_limit, spec, shapes, sizes)
+    name = "no search"
+    path: Path = ()
     if len(shapes) == 1:
-        name, path = "none", ()
+        pass
     elif optimize == "auto" or optimize is True:
         name, path = _search(network, limit)
     else:
@@ -220,22 +222,28 @@ def _limit(
 def _steps(
     spec: EinsumSpec, shapes: tuple[tuple[int, ...], ...], sizes: dict[str, int], path: Path, generic: bool
 ) -> tuple[Contraction, ...]:
-    """The contractions of a path of pairs. An intermediate has the labels that are needed later, except that one of size
-    1 is dropped where another operand or nobody has more of it (not in generic mode).
+    """The contractions of a path of pairs.
+
+    An intermediate has the labels that are needed later; but one of size 1 is kept (except in generic mode) only where
+    the result has it and no operand has more of it.
     """
     if not path:
         return (_contraction((0,), spec, shapes, generic),)
     values = list(zip(spec.inputs, shapes, strict=True))
-    users: dict[str, int] = dict.fromkeys(spec.output, 1)
-    for term in spec.inputs:
-        for label in set(term):
-            users[label] = users.get(label, 0) + 1
+    users: dict[str, int] = dict.fromkeys(spec.labels, 0) | dict.fromkeys(spec.output, 1)
+
+    def count(term: str, shape: tuple[int, ...], change: int) -> None:
+        for label, size in dict(zip(term, shape, strict=True)).items():
+            if generic or size != 1:
+                users[label] += change
+
+    for term, shape in values:
+        count(term, shape, 1)
     steps = []
     for number, (left, right) in enumerate(path):
         (a, a_shape), (b, b_shape) = values[left], values[right]
-        for term in (a, b):
-            for label in set(term):
-                users[label] -= 1
+        count(a, a_shape, -1)
+        count(b, b_shape, -1)
         if number == len(path) - 1:
             output = spec.output
         else:
@@ -251,8 +259,7 @@ def _steps(
             kept.sort(key=lambda label: 0 if label in a and label in b else 1 if label in a else 2)
             output = "".join(kept)
         step = _contraction((left, right), EinsumSpec((a, b), output), (a_shape, b_shape), generic)
-        for label in output:
-            users[label] += 1
+        count(output, step.shape, 1)
         values.append((output, step.shape))
         steps.append(step)
     return tuple(steps)
@@ -285,8 +292,8 @@ class _Network:
     """An einsum as path finders see it: labels are bits; each term is a set of them.
 
     Attributes:
-        terms: labels of each operand, without those of size 1 there and those that no other operand and not the result
-            has.
+        terms: labels of each operand, without those of size 1 there and those that neither another operand nor the
+            result has.
         output: labels of the result.
         labels: the label of each bit.
         sizes: its size.
@@ -354,7 +361,7 @@ class _Network:
 
 
 class _Count:
-    """How many of the remaining tensors have a label, the result among them: so much that it tells what may be summed."""
+    """How many of the remaining tensors, the result among them, have each label: it tells what may be summed."""
 
     __slots__ = ("count", "last")
 
@@ -368,7 +375,7 @@ class _Count:
         self.last = sum(bit for bit, number in count.items() if number == 2)
 
     def peek(self, a: int, b: int) -> int:
-        """Labels of the contraction of ``a`` and ``b``. A label of the result counts once more, so it is never summed."""
+        """Labels of the contraction of ``a`` and ``b``."""
         return (a | b) & ~(a & b & self.last)
 
     def contract(self, a: int, b: int) -> int:
@@ -416,8 +423,8 @@ def _search(network: _Network, limit: float) -> tuple[str, Path]:
     if not fitting:
         least = min(network.largest(path) for _, path in candidates)
         raise MemoryLimitError(
-            f"no order of {n} operands was found whose intermediates have at most {int(limit)} elements; the best has one "
-            f"of {least}; raise memory_limit"
+            f"no order of {n} operands was found whose intermediates have at most {int(limit)} elements; the best has "
+            f"one of {least}; raise memory_limit"
         )
     return min(fitting, key=lambda item: network.seconds(item[1]))
 
@@ -474,7 +481,8 @@ def _exhaustive(network: _Network, limit: float) -> Path | None:
 
 
 def _path_of_splits(split: dict[int, int], full: int, n: int) -> Path:
-    """Steps of a tree given as: which part of a set of operands is its left child. Without recursion: a chain is deep."""
+    """Steps of a tree given as: which part of a set of operands is its left child."""
+    # Not recursive: the tree of a chain is as deep as it is long.
     path: list[tuple[int, ...]] = []
     number: dict[int, int] = {1 << operand: operand for operand in range(n)}
     stack = [full]
@@ -497,8 +505,8 @@ def _path_of_splits(split: dict[int, int], full: int, n: int) -> Path:
 def _connected(network: _Network, limit: float, budget: _Budget) -> Path | None:
     """The best order without outer products of a connected network; ``None`` where the budget does not suffice.
 
-    Enumerates the pairs of disjoint, connected, adjacent sets of operands (Moerkotte and Neumann, 2006), each once, then
-    takes them by size, so that the parts of a set are solved before it.
+    Enumerates the pairs of disjoint, connected, adjacent sets of operands (Moerkotte and Neumann, 2006), each once,
+    then takes them by size, so that the parts of a set are solved before it.
     """
     terms, n = network.terms, len(network.terms)
     if n == 1:
@@ -760,7 +768,8 @@ def _improve(network: _Network, path: Path, limit: float, budget: _Budget) -> Pa
         for top in _postorder(children, root):
             if budget.left <= 0:
                 break
-            leaves, inside = [top], []
+            leaves: list[int] = [top]
+            inside: list[int] = []
             while len(leaves) < _SUBTREE:
                 open_ = [leaf for leaf in leaves if leaf in children]
                 if not open_:
@@ -771,7 +780,10 @@ def _improve(network: _Network, path: Path, limit: float, budget: _Budget) -> Pa
                 leaves += children[widest]
             if len(leaves) < 3:
                 continue
-            before = sum(network.pair(*(labels[child] for child in children[node]), labels[node]) for node in inside)
+            before = 0.0
+            for node in inside:
+                left, right = children[node]
+                before += network.pair(labels[left], labels[right], labels[node])
             part = network.with_terms([labels[leaf] for leaf in leaves], labels[top])
             if len(leaves) <= 5:
                 budget.left -= 3 ** len(leaves) // 2

@@ -1,8 +1,9 @@
-"""``EinsumSpec``: what an einsum computes, as algebra on labels: parse, print, rename, inline, sizes and shapes. No tensors here."""
+"""``EinsumSpec``: what an einsum computes, as algebra on labels: parse, print, rename, inline, sizes. No tensors."""
 
 from __future__ import annotations
 
 import itertools
+import operator
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -14,7 +15,7 @@ _RESERVED = frozenset(" ,.->")
 
 
 def symbol(index: int) -> str:
-    """Label number ``index``: a to z, A to Z, then other unicode letters from code point 192 on, as ``opt_einsum.get_symbol``.
+    """Label number ``index``: a to z, A to Z, then from code point 192 on, as ``opt_einsum.get_symbol`` has them.
 
     >>> symbol(0), symbol(51), symbol(52)
     ('a', 'Z', 'À')
@@ -33,7 +34,7 @@ def fresh_symbols(used: Iterable[str]) -> Iterator[str]:
 
 @dataclass(frozen=True, slots=True)
 class EinsumSpec:
-    """The labels of an einsum's operands and of its result. Each character is one label; equal characters are the same label.
+    """The labels of an einsum's operands and of its result. Each character is one label; equal characters are the same.
 
     A label of size 1 broadcasts against a larger size of the same label in another operand, as in ``torch.einsum``.
 
@@ -52,8 +53,9 @@ class EinsumSpec:
     def parse(cls, equation: str, ranks: Sequence[int]) -> EinsumSpec:
         """Read an equation in any form that ``torch.einsum`` takes, and with any number of labels.
 
-        Spaces are ignored; without ``->`` the output is the ellipsis and the labels that appear once, in the order of their code points (capitals first); ``...`` becomes labels of its own,
-        aligned from the right over the operands; without ``...`` in the output its dimensions are summed.
+        Spaces are ignored. Without ``->`` the output is the ellipsis and the labels that appear once, in the order of
+        their code points (capitals first). ``...`` becomes labels of its own, aligned from the right over the operands;
+        without ``...`` in the output its dimensions are summed.
 
         Args:
             equation: the text.
@@ -109,13 +111,22 @@ class EinsumSpec:
 
     @property
     def summed(self) -> str:
-        """Labels that are summed over, in order of first appearance."""
+        """Labels that are summed, in order of first appearance."""
         return "".join(label for label in self.labels if label not in self.output)
 
-    @property
-    def lone(self) -> str:
-        """Summed labels that only one operand has, in order of first appearance."""
-        return "".join(label for label in self.summed if sum(label in term for term in self.inputs) == 1)
+    def lone(self, shapes: Sequence[Sequence[int]]) -> str:
+        """Summed labels that a single operand has with another size than 1, in order of first appearance.
+
+        They can be summed before anything else, and ``torch.einsum`` does so, which makes small integers to int64.
+
+        >>> EinsumSpec(("ab", "bc"), "c").lone([(2, 3), (3, 4)])
+        'a'
+        """
+        holders = [
+            {label for label, size in zip(term, shape, strict=True) if size != 1}
+            for term, shape in zip(self.inputs, shapes, strict=True)
+        ]
+        return "".join(label for label in self.summed if sum(label in own for own in holders) == 1)
 
     @property
     def is_view_only(self) -> bool:
@@ -123,7 +134,7 @@ class EinsumSpec:
         return len(self.inputs) == 1 and set(self.inputs[0]) == set(self.output)
 
     def rename(self, change: Callable[[str], str]) -> EinsumSpec:
-        """The same einsum with each label replaced by ``change(label)``, which must be one character and keep different labels different.
+        """The same einsum with each label replaced by ``change(label)``, one character that is different for each.
 
         >>> str(EinsumSpec(("ij",), "ji").rename(str.upper))
         'IJ->JI'
@@ -131,7 +142,9 @@ class EinsumSpec:
         return EinsumSpec(tuple("".join(map(change, term)) for term in self.inputs), "".join(map(change, self.output)))
 
     def canonical(self) -> EinsumSpec:
-        """The same einsum with the labels a, b, c, ... in order of first appearance. Two specs that differ in names only become equal.
+        """The same einsum with the labels a, b, c, ... in order of first appearance.
+
+        Specs that differ in the names of labels only become equal.
 
         >>> str(EinsumSpec(("zij", "zjk", "zk"), "zi").canonical())
         'abc,acd,ad->ab'
@@ -140,39 +153,44 @@ class EinsumSpec:
         return self.rename(names.__getitem__)
 
     def sizes(self, shapes: Sequence[Sequence[int]]) -> dict[str, int]:
-        """Size of each label, in order of first appearance; where an operand has size 1 and another has more, the larger.
+        """Size of each label, in order of first appearance; 1 only where all operands have 1.
 
         Args:
             shapes: shape of each operand.
 
         Raises:
-            EquationError: the number of operands or dimensions differs, two sizes of a label do not broadcast, or a label that is repeated within one operand has two sizes there.
+            EquationError: the number of operands or dimensions differs, two sizes of a label do not broadcast, or a
+                label that is repeated in one operand has two sizes there.
 
         >>> EinsumSpec(("ij", "jk"), "ik").sizes([(2, 3), (1, 4)])
         {'i': 2, 'j': 3, 'k': 4}
         """
         if len(shapes) != len(self.inputs):
             raise EquationError(
-                f"einsum {self}: {len(shapes)} operands were given, expected {len(self.inputs)}; pass one operand for each term of the equation"
+                f"einsum {self}: {len(shapes)} operands were given, expected {len(self.inputs)}; pass one operand for "
+                "each term of the equation"
             )
         sizes: dict[str, int] = {}
         origin: dict[str, int] = {}
         for number, (term, shape) in enumerate(zip(self.inputs, shapes, strict=True)):
             if len(term) != len(shape):
                 raise EquationError(
-                    f"einsum {self}: operand {number} has shape {tuple(shape)}, expected {len(term)} dimensions for its labels {term!r}"
+                    f"einsum {self}: operand {number} has shape {tuple(shape)}, expected {len(term)} dimensions for "
+                    f"its labels {term!r}"
                 )
             own: dict[str, int] = {}
             for label, size in zip(term, shape, strict=True):
                 if own.setdefault(label, size) != size:
                     raise EquationError(
-                        f"einsum {self}: label {label!r} is repeated in operand {number} with sizes {own[label]} and {size}; expected equal sizes, as only a diagonal can be taken"
+                        f"einsum {self}: label {label!r} is repeated in operand {number} with sizes {own[label]} "
+                        f"and {size}; expected equal sizes, as only a diagonal can be taken"
                     )
                 if sizes.get(label, 1) == 1:
                     sizes[label], origin[label] = size, number
                 elif size != 1 and size != sizes[label]:
                     raise EquationError(
-                        f"einsum {self}: label {label!r} has size {size} in operand {number}, but size {sizes[label]} in operand {origin[label]}; expected equal sizes, or 1 to broadcast"
+                        f"einsum {self}: label {label!r} has size {size} in operand {number}, but {sizes[label]} in "
+                        f"operand {origin[label]}; expected equal sizes, or 1 to broadcast"
                     )
         return sizes
 
@@ -188,8 +206,10 @@ class EinsumSpec:
     def inline(self, position: int, inner: EinsumSpec) -> EinsumSpec:
         """The einsum in which operand ``position`` is replaced by the operands of ``inner``, of which it is the result.
 
-        Labels that ``inner`` sums get new names. Where this einsum repeats a label in that operand (takes a diagonal), the inner labels at those places become one label. Then, and only then, the operands of
-        ``inner`` must not have broadcast in those labels, else the fused einsum repeats a label with two sizes in one operand: ``sizes`` of the result raises and the fusion has to be given up.
+        Labels that ``inner`` sums get new names. Where this einsum repeats a label in that operand (takes a diagonal),
+        the inner labels at those places become one. Then, and only then, the operands of ``inner`` must not broadcast
+        in those labels, else the fused einsum has a label with two sizes in one operand: ``sizes`` of the result
+        raises, and the einsums can't be fused.
 
         Raises:
             EquationError: the operand and the result of ``inner`` have different numbers of dimensions.
@@ -200,7 +220,8 @@ class EinsumSpec:
         term = self.inputs[position]
         if len(term) != len(inner.output):
             raise EquationError(
-                f"einsum {self}: operand {position} has labels {term!r}, but the inner einsum {inner} gives {len(inner.output)} dimensions; expected {len(term)}"
+                f"einsum {self}: operand {position} has labels {term!r}, but the inner einsum {inner} gives "
+                f"{len(inner.output)} dimensions; expected {len(term)}"
             )
         names = dict(zip(inner.output, term, strict=True))
         free = fresh_symbols("".join(self.inputs))
@@ -231,7 +252,8 @@ def _text_term(text: str, equation: str, where: str) -> _Term:
     for label in "".join(parts):
         if label in _RESERVED or label.isspace() or (label.isascii() and not label.isalpha()):
             raise EquationError(
-                f"einsum {equation!r}: {label!r} in {where} is not a label; expected letters, ',' between operands, at most one '...' per operand and at most one '->' before the output"
+                f"einsum {equation!r}: {label!r} in {where} is not a label; expected letters, ',' between operands, at "
+                "most one '...' per operand and at most one '->' before the output"
             )
     return parts[0], parts[1] if len(parts) == 2 else None
 
@@ -243,13 +265,17 @@ def _sublist_term(items: Sequence[object], where: str) -> _Term:
             if after is not None:
                 raise EquationError(f"einsum: {where} have two ellipses; expected at most one")
             after = ""
-        elif isinstance(item, int) and item >= 0:
-            if after is None:
-                before += _sublist_label(item)
-            else:
-                after += _sublist_label(item)
-        else:
+            continue
+        try:
+            number = operator.index(item)  # type: ignore[arg-type]
+        except TypeError:
+            number = -1
+        if number < 0:
             raise EquationError(f"einsum: {item!r} in {where} is not a label; expected integers from 0 up, or Ellipsis")
+        if after is None:
+            before += _sublist_label(number)
+        else:
+            after += _sublist_label(number)
     return before, after
 
 
@@ -266,19 +292,24 @@ def _resolve(terms: Sequence[_Term], target: _Term | None, ranks: tuple[int, ...
     """Replace ellipses by labels and find the output."""
     if len(terms) != len(ranks):
         raise EquationError(
-            f"einsum {shown}: {len(ranks)} operands were given, expected {len(terms)}; pass one operand for each term of the equation"
+            f"einsum {shown}: {len(ranks)} operands were given, expected {len(terms)}; pass one operand for each term "
+            "of the equation"
         )
     width = 0
     for number, ((before, after), rank) in enumerate(zip(terms, ranks, strict=True)):
         named = len(before) + len(after or "")
         if rank < named or (after is None and rank > named):
             raise EquationError(
-                f"einsum {shown}: operand {number} has {rank} dimensions, expected {named}{' or more' if after is not None else ''} for its labels {before + ('' if after is None else '...' + after)!r}"
+                f"einsum {shown}: operand {number} has {rank} dimensions, expected {named}"
+                f"{'' if after is None else ' or more'} for its labels "
+                f"{before + ('' if after is None else '...' + after)!r}"
             )
         if after is not None:
             width = max(width, rank - named)
     everything = [before + (after or "") for before, after in terms]
-    dots = "".join(itertools.islice(fresh_symbols("".join(everything)), width))
+    # The output's labels are taken too: one of them that no operand has must not become a label of the ellipsis.
+    taken = "".join(everything) + ("" if target is None else target[0] + (target[1] or ""))
+    dots = "".join(itertools.islice(fresh_symbols(taken), width))
     inputs = tuple(
         before if after is None else before + dots[width - (rank - len(before) - len(after)) :] + after
         for (before, after), rank in zip(terms, ranks, strict=True)
@@ -295,6 +326,6 @@ def _resolve(terms: Sequence[_Term], target: _Term | None, ranks: tuple[int, ...
             )
         if output.count(label) > 1:
             raise EquationError(
-                f"einsum {shown}: output label {label!r} appears more than once in the output; expected each at most once"
+                f"einsum {shown}: output label {label!r} appears more than once in the output; expected at most once"
             )
     return EinsumSpec(inputs, output)

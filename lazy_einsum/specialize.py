@@ -44,6 +44,26 @@ class Stage:
         return self.graph.python_code("self").src.strip("\n") + "\n"
 
 
+class Stages(Mapping[str, str]):
+    """Name of pass -> code after it, in order. The text is made when it is asked for: at a miss nobody may look."""
+
+    def __init__(self) -> None:
+        self._stages: dict[str, Stage] = {}
+
+    def add(self, stage: Stage) -> None:
+        """Append the next stage."""
+        self._stages[stage.name] = stage
+
+    def __getitem__(self, name: str) -> str:
+        return self._stages[name].code
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._stages)
+
+    def __len__(self) -> int:
+        return len(self._stages)
+
+
 def run_passes(graph: fx.Graph, options: Options) -> Iterator[Stage]:
     """The program after each pass, beginning with ``graph`` itself.
 
@@ -106,7 +126,7 @@ class Specialization:
     @property
     def code(self) -> str:
         """The specialized program as Python source; ``self`` is the wrapped module."""
-        return next(reversed(self.stages.values()))
+        return self.stages[list(self.stages)[-1]]
 
     @property
     def graph_module(self) -> fx.GraphModule:
@@ -198,14 +218,14 @@ def specialize(
     start = time.perf_counter()
     ambient = ambient_module.ambient()
     traced = trace(module, arguments, is_leaf)
-    stages: dict[str, str] = {}
+    stages = Stages()
     plans: tuple[Plan, ...] = ()
     graph = traced.graph
     for stage in run_passes(traced.graph, options):
         if stage.name == "choose_paths":
             plans = tuple(find_plans(graph, options))
         graph = stage.graph
-        stages[stage.name] = stage.code
+        stages.add(stage)
         if on_stage is not None:
             on_stage(stage, traced)
     targets = [str(node.target) for node in graph.nodes if node.op == "get_attr"]

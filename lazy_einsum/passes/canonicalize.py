@@ -9,7 +9,7 @@ import torch
 from torch import fx
 
 from ..errors import EquationError
-from ..graph import EINSUM_TARGETS, MAX_LABELS, copy_graph, facts, read_einsum, type_of
+from ..graph import EINSUM_TARGETS, MAX_LABELS, Writers, copy_graph, facts, read_einsum, type_of
 from ..spec import EinsumSpec, symbol
 
 _Read = tuple[EinsumSpec, tuple[fx.Node, ...]]
@@ -29,7 +29,7 @@ def canonicalize() -> Callable[[fx.Graph], fx.Graph]:
         einsum_1 = torch.einsum("ab,bcd->acd", einsum, z)
 
     A call is left as it is where it can't be read (unknown ranks, unknown keyword arguments), where its equation is malformed (running it raises as it did), where its operands differ in dtype, where
-    a dtype has no rule of its own, and under autocast.
+    a dtype has no rule of its own, under autocast, and where autograd follows it and an operand is written later.
 
     Requires: facts, for anything that depends on a rank.
     Ensures: text with explicit output, letters in order of appearance, no spaces, no ``...``, operands as separate arguments.
@@ -37,9 +37,10 @@ def canonicalize() -> Callable[[fx.Graph], fx.Graph]:
 
     def run(graph: fx.Graph) -> fx.Graph:
         new = copy_graph(graph)
+        writers = Writers(new)
         for node in list(new.nodes):
             rule = _RULES.get(node.target) if node.op in ("call_function", "call_method") else None
-            found = rule(node) if rule and _may_change(node) else None
+            found = rule(node) if rule and _may_change(node) and not writers.hold(node) else None
             if found is not None:
                 _rewrite(node, *found)
         return new

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import fx
 
-from ..graph import copy_graph, facts, fresh_storage, is_einsum, read_einsum, type_of, write_einsum
+from ..graph import Writers, copy_graph, facts, fresh_storage, is_einsum, read_einsum, type_of, write_einsum
 from ..plan import make_plan
 
 # The dtypes in which an einsum has one dtype in any order of contraction (see fuse_einsums for the narrow integers).
@@ -34,7 +34,7 @@ def choose_paths(
         einsum = torch.einsum("ab,bc->ac", einsum_1, z)
 
     Requires: facts; an einsum with an operand of unknown shape stays as it is, with a ``RuntimeWarning`` that names it.
-    Ensures: no einsum of more than two operands, but for those of mixed or narrow integer dtypes and those under autocast; the last step of each keeps the name and the facts of the whole.
+    Ensures: no einsum of more than two operands, but for those of mixed or narrow integer dtypes those under autocast, and those that autograd follows while an operand is written later; the last step of each keeps the name and the facts of the whole.
 
     Args:
         optimize: see ``make_plan``.
@@ -48,6 +48,7 @@ def choose_paths(
 
     def run(graph: fx.Graph) -> fx.Graph:
         new = copy_graph(graph)
+        writers = Writers(new)
         storages = itertools.count(fresh_storage(new))
         for node in list(new.nodes):
             found = read_einsum(node) if is_einsum(node) else None
@@ -62,7 +63,7 @@ def choose_paths(
                 continue
             known = facts(node)
             dtypes = {operand.dtype for operand in types}
-            if len(operands) < 3 or len(dtypes) > 1 or not dtypes <= _DTYPES or (known and not known.movable):
+            if len(operands) < 3 or len(dtypes) > 1 or not dtypes <= _DTYPES or (known and not known.movable) or writers.hold(node):
                 continue
             limit = element_limit if memory_limit is None else memory_limit // types[0].dtype.itemsize
             plan = make_plan(spec, [operand.shape for operand in types], optimize, limit, generic)

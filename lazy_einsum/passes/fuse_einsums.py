@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import fx
 
-from ..graph import MAX_LABELS, copy_graph, erase_if_unused, is_einsum, may_move, read_einsum, same_mode, type_of, uses
+from ..graph import MAX_LABELS, Writers, copy_graph, erase_if_unused, is_einsum, read_einsum, same_mode, type_of, uses
 from ..spec import EinsumSpec
 
 _Read = tuple[EinsumSpec, tuple[fx.Node, ...]]
@@ -29,7 +29,7 @@ def fuse_einsums(reassociate: bool | None = None) -> Callable[[fx.Graph], fx.Gra
 
         einsum_1 = torch.einsum("ab,bc,ab->a", x, y, x)
 
-    An einsum is inlined where it is used exactly once, and by an einsum; where nothing between the two writes memory that it reads; where both run in the same grad mode and outside autocast; where
+    An einsum is inlined where it is used exactly once, and by an einsum; where nothing between the two writes memory that it reads (nor anything later, if autograd keeps operands); where both run in the same grad mode and outside autocast; where
     the result has no more labels than ``torch.einsum`` takes; and where the dtype keeps range and exactness in any order (in float16 it does not).
 
     Requires: nothing; without facts ranks are read off the equations, an ellipsis stops the pass, and operands are taken to be of one floating point dtype.
@@ -46,12 +46,13 @@ def fuse_einsums(reassociate: bool | None = None) -> Callable[[fx.Graph], fx.Gra
         new = copy_graph(graph)
         if reassociate is False:
             return new
+        writers = Writers(new)
         read: dict[fx.Node, _Read] = {}
         for node in list(new.nodes):
-            found = read_einsum(node) if is_einsum(node) else None
+            found = read_einsum(node) if is_einsum(node) and not writers.hold(node) else None
             if found is None:
                 continue
-            spec, operands, consumed = _inline_operands(node, *found, read, reassociate)
+            spec, operands, consumed = _inline_operands(node, *found, read, writers, reassociate)
             read[node] = spec, operands
             if consumed:
                 spec = spec.canonical()
@@ -63,14 +64,14 @@ def fuse_einsums(reassociate: bool | None = None) -> Callable[[fx.Graph], fx.Gra
 
 
 def _inline_operands(
-    node: fx.Node, spec: EinsumSpec, operands: tuple[fx.Node, ...], read: dict[fx.Node, _Read], reassociate: bool | None
+    node: fx.Node, spec: EinsumSpec, operands: tuple[fx.Node, ...], read: dict[fx.Node, _Read], writers: Writers, reassociate: bool | None
 ) -> tuple[EinsumSpec, tuple[fx.Node, ...], list[fx.Node]]:
     """The einsum ``node`` with all operands inlined that may be, and what was inlined."""
     consumed: list[fx.Node] = []
     # From the last operand to the first, so that positions to the left stay valid.
     for position in reversed(range(len(operands))):
         operand = operands[position]
-        if operand not in read or uses(operand) != 1 or not _may_fuse(operand, node, reassociate):
+        if operand not in read or uses(operand) != 1 or not _may_fuse(operand, node, writers, reassociate):
             continue
         inner, inner_operands = read[operand]
         fused = spec.inline(position, inner)
@@ -81,11 +82,11 @@ def _inline_operands(
     return spec, operands, consumed
 
 
-def _may_fuse(inner: fx.Node, outer: fx.Node, reassociate: bool | None) -> bool:
+def _may_fuse(inner: fx.Node, outer: fx.Node, writers: Writers, reassociate: bool | None) -> bool:
     reads: Sequence[fx.Node] = inner.all_input_nodes
     dtypes = {known.dtype for node in (*reads, inner, *outer.all_input_nodes, outer) if (known := type_of(node))}
     allowed = _DTYPES | _HALF if reassociate else _DTYPES
-    return len(dtypes) <= 1 and dtypes <= allowed and same_mode(inner, outer) and may_move(reads, inner, outer)
+    return len(dtypes) <= 1 and dtypes <= allowed and same_mode(inner, outer) and writers.allow(reads, inner, outer)
 
 
 def _merges_broadcasts(term: str, inner: EinsumSpec) -> bool:

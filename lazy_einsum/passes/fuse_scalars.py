@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 from torch import fx
 
-from ..graph import copy_graph, empty_like, facts, fresh_storage, is_einsum, may_move, same_mode, stamp, type_of, uses
+from ..graph import Writers, copy_graph, empty_like, facts, fresh_storage, is_einsum, may_require_grad, same_mode, stamp, type_of, uses
 from ..scalars import ONE, Factor, Linear, dtype_of, read_linear, tensors
 
 
@@ -66,6 +66,7 @@ class _Gather:
         self.old = graph
         self.new = empty_like(graph)
         self.reassociate = reassociate
+        self.writers = Writers(graph)
         self.storages: Iterator[int] = itertools.count(fresh_storage(graph))
         self.sharers = Counter(known.storage for node in graph.nodes if (known := facts(node)))
         self.values: dict[fx.Node, fx.Node] = {}
@@ -159,13 +160,14 @@ class _Gather:
             same_layout = target.layout != "needed"
         else:
             same_layout = target.layout == "any" or scaled.stride == plain.stride
-        return same_layout and same_mode(node, user) and may_move([value.core], node, user)
+        return same_layout and same_mode(node, user) and self.writers.allow([value.core], node, user) and not self.writers.hold(user)
 
     def give(self, node: fx.Node, value: _Scaled) -> fx.Node:
         """The value of ``node`` again, from ``value``."""
         known = facts(node)
-        kept_type = known is not None or value.factor.kind is int
-        if value.factor.value == 1 and value.private and kept_type:
+        # What is dropped must not have changed the type, nor have stood between a value and a region without grad.
+        same_type = value.factor.kind is int if known is None else may_require_grad(value.core) == may_require_grad(node)
+        if value.factor.value == 1 and value.private and same_type:
             core = value.core
             core.meta = dict(node.meta)
             return core

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import fx
 
-from ..graph import Facts, copy_graph, facts, fresh_storage, is_einsum, may_move, normal_strides, read_einsum, same_mode, stamp, type_of, uses
+from ..graph import Facts, Writers, copy_graph, facts, fresh_storage, is_einsum, normal_strides, read_einsum, same_mode, stamp, type_of, uses
 from ..kernels import lower_plan
 from ..plan import Contraction, Plan
 from ..program import Program, Value
@@ -39,7 +39,7 @@ def lower(reassociate: bool | None = None) -> Callable[[fx.Graph], fx.Graph]:
 
     Einsums that feed each other and nothing else are lowered together, so that each intermediate is laid out as the next step wants it, and so are scalings among them.
 
-    Requires: exact facts; einsums of at most two operands (others stay, as do those of mixed or narrow integer dtypes and those under autocast).
+    Requires: exact facts; einsums of at most two operands (others stay, as do those of mixed or narrow integer dtypes, those under autocast, and those that autograd follows while an operand is written later).
     Ensures: a result has the strides that its facts say, except where only einsums use it; it is a view of an operand where it was one before, and memory of its own where it was that.
         The code holds for the sizes and strides in the facts only.
 
@@ -49,13 +49,13 @@ def lower(reassociate: bool | None = None) -> Callable[[fx.Graph], fx.Graph]:
 
     def run(graph: fx.Graph) -> fx.Graph:
         new = copy_graph(graph)
-        among = set(tensors(new))
+        among, writers = tensors(new), Writers(new)
         storages = itertools.count(fresh_storage(new))
         inner: set[fx.Node] = set()
         trees: list[_Tree] = []
         # From the last node to the first: the outermost einsum of a tree comes before those it takes in.
         for node in reversed(list(new.nodes)):
-            tree = None if node in inner else _read_tree(node, among, reassociate)
+            tree = None if node in inner else _Reader(node, among, writers, reassociate).read()
             if tree is not None:
                 inner.update(tree.nodes)
                 trees.append(tree)
@@ -102,9 +102,10 @@ class _Tree:
 class _Reader:
     """Collects one tree from its root."""
 
-    def __init__(self, root: fx.Node, among: Tensors, reassociate: bool | None) -> None:
+    def __init__(self, root: fx.Node, among: Tensors, writers: Writers, reassociate: bool | None) -> None:
         self.root = root
         self.among = among
+        self.writers = writers
         self.reassociate = reassociate
         self.factor = ONE
         self.nodes: list[fx.Node] = []
@@ -116,15 +117,15 @@ class _Reader:
         scaled = self.scaling(node)
         if scaled is not None:
             operand, factor = scaled
-            if uses(operand) != 1 or not may_move([operand], operand, node) or not same_mode(operand, node):
+            if uses(operand) != 1 or not self.writers.allow([operand], operand, node) or not same_mode(operand, node):
                 return None
-            found = _read_pair(operand)
+            found = self.pair(operand)
             if found is None or (found[0].is_view_only and factor.value == 1):
                 return None
             self.factor = factor
             self.nodes.append(node)
             node = operand
-        found = _read_pair(node)
+        found = self.pair(node)
         if found is None:
             return None
         self.free = fresh_symbols(found[0].labels)
@@ -154,11 +155,11 @@ class _Reader:
     def operand(self, user: fx.Node, operand: fx.Node, term: str, siblings: int) -> int | _Step:
         """The number of a leaf, or the step that gives the operand whose labels are ``term``."""
         scaled = self.scaling(operand) if uses(operand) == 1 and same_mode(operand, self.root) else None
-        if scaled is not None and may_move([scaled[0]], operand, self.root):
+        if scaled is not None and self.writers.allow([scaled[0]], operand, self.root):
             self.nodes.append(operand)
             operand, self.factor = scaled
-        found = _read_pair(operand) if uses(operand) == 1 and siblings == 2 and len(set(term)) == len(term) else None
-        if found is not None and len(found[1]) == 2 and same_mode(operand, self.root) and may_move(found[1], operand, self.root):
+        found = self.pair(operand) if uses(operand) == 1 and siblings == 2 and len(set(term)) == len(term) else None
+        if found is not None and len(found[1]) == 2 and same_mode(operand, self.root) and self.writers.allow(found[1], operand, self.root):
             spec, operands = found
             names = dict(zip(spec.output, term, strict=True))
             for label in spec.labels:
@@ -168,19 +169,14 @@ class _Reader:
         self.leaves.append(operand)
         return len(self.leaves) - 1
 
-
-def _read_tree(node: fx.Node, among: Tensors, reassociate: bool | None) -> _Tree | None:
-    return _Reader(node, among, reassociate).read() if type_of(node) is not None else None
-
-
-def _read_pair(node: fx.Node) -> tuple[EinsumSpec, tuple[fx.Node, ...]] | None:
-    """The einsum ``node``, if it can be lowered."""
-    found = read_einsum(node) if is_einsum(node) else None
-    known = facts(node)
-    if found is None or known is None or not known.movable or known.type is None or len(found[1]) > 2:
-        return None
-    dtypes = {known.type.dtype, *(dtype_of(operand) for operand in found[1])}
-    return found if len(dtypes) == 1 and dtypes <= _DTYPES else None
+    def pair(self, node: fx.Node) -> tuple[EinsumSpec, tuple[fx.Node, ...]] | None:
+        """The einsum ``node``, if it can be lowered."""
+        found = read_einsum(node) if is_einsum(node) else None
+        known = facts(node)
+        if found is None or known is None or not known.movable or known.type is None or len(found[1]) > 2 or self.writers.hold(node):
+            return None
+        dtypes = {known.type.dtype, *(dtype_of(operand) for operand in found[1])}
+        return found if len(dtypes) == 1 and dtypes <= _DTYPES else None
 
 
 def _write(tree: _Tree, leaves: Sequence[fx.Node], free: bool, storages: Iterator[int]) -> fx.Node:

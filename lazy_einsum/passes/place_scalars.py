@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from torch import fx
 
-from ..graph import Facts, copy_graph, facts, fresh_storage, fresh_type, may_move, same_mode, stamp, type_of, uses
+from ..graph import Facts, Writers, copy_graph, facts, fresh_storage, fresh_type, same_mode, stamp, type_of, uses
 from ..scalars import ONE, Factor, Linear, Tensors, dtype_of, read_linear, tensors
 
 
@@ -43,12 +43,13 @@ def place_scalars(reassociate: bool | None = None) -> Callable[[fx.Graph], fx.Gr
         if reassociate is False:
             return new
         among = set(tensors(new))
+        writers = Writers(new)
         storages = itertools.count(fresh_storage(new))
         for node in list(new.nodes):
             found = read_linear(node, among)
             if found is None or not found.only_scales or type_of(node) is None or not found.factor.fits(dtype_of(node), reassociate):
                 continue
-            best = min(_places(node, found, among, reassociate), key=lambda place: place.cost)
+            best = min(_places(node, found, among, writers, reassociate), key=lambda place: place.cost)
             if best.path:
                 among.add(_move(node, found.factor, best, storages))
         return new
@@ -72,7 +73,7 @@ class _Place(NamedTuple):
     operand: int | None
 
 
-def _places(scaling: fx.Node, own: Linear, among: Tensors, reassociate: bool | None) -> Iterator[_Place]:
+def _places(scaling: fx.Node, own: Linear, among: Tensors, writers: Writers, reassociate: bool | None) -> Iterator[_Place]:
     """All places for ``scaling``, the nearest first; the first is where it stands."""
     known = type_of(scaling)
     assert known is not None
@@ -84,7 +85,7 @@ def _places(scaling: fx.Node, own: Linear, among: Tensors, reassociate: bool | N
         found, result = read_linear(call, among), type_of(call)
         if found is None or result is None or result.dtype != known.dtype or uses(call) != 1:
             continue
-        if not same_mode(call, scaling) or not may_move([call], call, scaling):
+        if not same_mode(call, scaling) or not writers.allow([call], call, scaling) or writers.hold(call):
             continue
         for number, (operand, degree) in enumerate(found.operands):
             entering = type_of(operand)
