@@ -8,7 +8,7 @@ answers from the names of the operations, and assumes that a write reaches every
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -128,7 +128,7 @@ def writes(node: fx.Node) -> tuple[int, ...]:
         return known.writes
     if node.op == "call_function":
         name = getattr(node.target, "__name__", "")
-        inplace = node.target in _INPLACE_OPERATORS or "out" in node.kwargs or node.kwargs.get("inplace") is True
+        inplace = node.target in _INPLACE_OPERATORS or node.kwargs.get("out") is not None or node.kwargs.get("inplace") is True
         inplace = inplace or (name.endswith("_") and not name.endswith("__"))
     elif node.op == "call_method":
         name = str(node.target)
@@ -286,6 +286,11 @@ def write_einsum(graph: fx.Graph, spec: EinsumSpec, operands: Sequence[fx.Node],
         view = replace(result, stride=strides, is_conj=types[0].is_conj, is_neg=types[0].is_neg)
         return stamp(node, replace(base, type=view, storage=known[0].storage, writes=()))
     return stamp(node, replace(base, type=result, storage=fresh_storage(graph) if storage is None else storage, writes=()))
+
+
+def given(kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Keyword arguments without those that say nothing (``out=None``)."""
+    return {name: value for name, value in kwargs.items() if value is not None}
 
 
 def tensor_nodes(value: Any) -> Iterator[fx.Node]:

@@ -24,6 +24,7 @@ from torch import nn
 from . import ambient as ambient_module
 from .errors import CacheThrashWarning, FallbackWarning, LazyEinsumError, UntraceableError
 from .passes import Options
+from .plan import check_optimize
 from .report import Report
 from .signature import Arguments, Signature
 from .specialize import Specialization, Stage, specialize
@@ -179,6 +180,9 @@ class OptimizedModule(nn.Module):
             raise ValueError(f"on_untraceable must be one of {_ON_UNTRACEABLE}, got {on_untraceable!r}")
         if backend != "eager":
             raise ValueError(f"backend must be 'eager', got {backend!r}; other backends are not supported yet")
+        if reassociate not in (None, True, False):
+            raise ValueError(f"reassociate must be None, True or False, got {reassociate!r}")
+        check_optimize(optimize)
         frozen, leaf_modules = tuple(frozen), tuple(leaf_modules)
         if frozen:
             raise ValueError("frozen is not supported yet; leave it empty")
@@ -341,9 +345,10 @@ class OptimizedModule(nn.Module):
         if not self._cache:
             return "first call"
 
-        def agreement(other: Signature) -> int:
+        def agreement(other: Signature) -> tuple[int, int]:
             same = sum(a == b for a, b in zip(signature.arguments.leaves, other.arguments.leaves, strict=False))
-            return same + sum(a == b for a, b in zip(signature.ambient, other.ambient, strict=True)) + (signature.state == other.state)
+            same += sum(a == b for a, b in zip(signature.ambient, other.ambient, strict=True))
+            return same, sum(a == b for a, b in zip(signature.state, other.state, strict=False))
 
         return signature.difference(max(self._cache, key=agreement)) or "the same signature (an entry was dropped)"
 

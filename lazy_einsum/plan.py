@@ -825,6 +825,16 @@ def _postorder(children: dict[int, tuple[int, ...]], root: int) -> list[int]:
 # --- strategies of others ---------------------------------------------------------------------------------------------
 
 
+def check_optimize(optimize: object) -> None:
+    """Raise ``ValueError`` where ``optimize`` is the name of no strategy."""
+    if not isinstance(optimize, str) or optimize == "auto":
+        return
+    try:
+        get_path_fn(optimize)
+    except KeyError:
+        raise ValueError(f"optimize={optimize!r} is not a strategy; expected 'auto' or a name that opt_einsum.contract_path takes") from None
+
+
 def _foreign(network: _Network, optimize: Optimize, limit: float) -> tuple[str, Path]:
     if optimize is False:
         return "left to right", _to_pairs(network, tuple((0, 1) for _ in network.terms[1:]))

@@ -18,7 +18,7 @@ import torch
 from torch import fx
 
 from .errors import EquationError
-from .graph import EINSUM_TARGETS, facts, read_einsum, tensor_nodes, type_of
+from .graph import EINSUM_TARGETS, facts, given, read_einsum, tensor_nodes, type_of
 
 _EXACT_INTEGERS = frozenset({torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8})
 _HALF = frozenset({torch.float16, torch.complex32})
@@ -177,7 +177,7 @@ def read_linear(node: fx.Node, among: Tensors) -> Linear | None:
 
 
 def _read_mul(node: fx.Node, among: Tensors) -> Linear | None:
-    if node.kwargs or len(node.args) != 2:
+    if given(node.kwargs) or len(node.args) != 2:
         return None
     left, right = node.args
     if isinstance(left, fx.Node) and isinstance(right, fx.Node):
@@ -188,7 +188,7 @@ def _read_mul(node: fx.Node, among: Tensors) -> Linear | None:
 
 
 def _read_div(node: fx.Node, among: Tensors) -> Linear | None:
-    if node.kwargs or len(node.args) != 2:
+    if given(node.kwargs) or len(node.args) != 2:
         return None
     top, bottom = node.args
     if node.target in _REVERSED_DIV:
@@ -204,7 +204,7 @@ def _read_div(node: fx.Node, among: Tensors) -> Linear | None:
 
 
 def _read_neg(node: fx.Node, among: Tensors) -> Linear | None:
-    if node.kwargs or len(node.args) != 1:
+    if given(node.kwargs) or len(node.args) != 1:
         return None
     return _scaling(node.args[0], Factor(Fraction(-1), int), among)
 
@@ -227,7 +227,7 @@ def _read_einsum(node: fx.Node, among: Tensors) -> Linear | None:
 
 
 def _read_product(node: fx.Node, among: Tensors) -> Linear | None:
-    if len(node.args) < 2 or not set(node.kwargs) <= {"dims"}:
+    if len(node.args) < 2 or not set(given(node.kwargs)) <= {"dims"}:
         return None
     left, right, *rest = node.args
     if not (isinstance(left, fx.Node) and isinstance(right, fx.Node)) or list(tensor_nodes((rest, node.kwargs))):
@@ -236,7 +236,7 @@ def _read_product(node: fx.Node, among: Tensors) -> Linear | None:
 
 
 def _read_unary(node: fx.Node, among: Tensors) -> Linear | None:
-    if not node.args or not isinstance(node.args[0], fx.Node) or _CHANGES_TYPE & set(node.kwargs):
+    if not node.args or not isinstance(node.args[0], fx.Node) or _CHANGES_TYPE & set(given(node.kwargs)):
         return None
     if any(other in among for other in tensor_nodes((node.args[1:], node.kwargs))):
         return None

@@ -51,9 +51,11 @@ class Shadows:
         self._live_call = live_call
         self._is_leaf = is_leaf
         self._seen: dict[int, tuple[Any, Any, Path]] = {}  # id -> (live object, its stand-in, path); keeps both alive, so that no id is used again
-        self._originals: list[tuple[Any, Any, str]] = []  # (stand-in, what it held when it was made, name), to find side effects
+        self._originals: list[tuple[Any, Any, Path]] = []  # (stand-in, what it held when it was made, path), to find side effects
         self._outer: dict[Outer, Any] = {}
         self._classes: set[type] = set()
+        self._changed: str | None = None
+        self._live: list[Path] = []
 
     def note(self, path: Path, found: Found, question: str = "") -> None:
         """Record that ``found`` was read at ``path``."""
@@ -96,10 +98,19 @@ class Shadows:
         reason = self._why_live(live, path)
         if reason is not None:
             own["_compiled_call_impl"] = self._live_call(live, shadow, path, reason)
-        else:
+            self._live.append(path)
+        if self.is_live(path):
+            # Free to do as it likes: its attributes lie in the instance, where they may be set.
+            for key, value in live.__dict__.items():
+                if key not in _INTERNAL and key not in own and key != "_compiled_call_impl":
+                    try:
+                        own[key] = self.lift(value, (*path, ("attribute", key)))
+                    except UntraceableError:
+                        own[key] = value
+        if reason is None:
             for key in _HOOKS:
                 own[key] = _Hooks(self, live, path, key)
-        self._originals.append((own, dict(own), name))
+        self._originals.append((own, dict(own), path))
         return shadow
 
     def _why_live(self, live: nn.Module, path: Path) -> str | None:
@@ -164,8 +175,9 @@ class Shadows:
             with contextlib.suppress(UntraceableError):  # nothing that forward could make a baked-in constant of
                 self.lift(value, path)
 
-    def restore_outer(self) -> str | None:
-        """Undo what ``forward`` did to globals and enclosing variables; the name of one that it changed, or ``None``."""
+    def restore_outer(self, report: bool = True) -> str | None:
+        """Undo what ``forward`` did to globals, enclosing variables and class attributes; the name of one that it changed (now or, unless ``report`` was false, at
+        an earlier call), or ``None``."""
         changed = None
         for start, (value, before) in self._outer.items():
             if start.get() is not value:
@@ -180,8 +192,9 @@ class Shadows:
                 changed = str(start)
                 value.clear()
                 value.extend(before) if isinstance(value, list) else value.update(before)
-        self._outer.clear()
-        return changed
+        if report:
+            self._changed = self._changed or changed
+        return self._changed
 
     def _tensor(self, value: torch.Tensor, path: Path) -> torch.Tensor:
         if type(value) not in (torch.Tensor, nn.Parameter):
@@ -202,18 +215,18 @@ class Shadows:
             self.note(path, Container(kind, len(value)))
             items = [self.lift(item, (*path, ("item", number))) for number, item in enumerate(value)]
             stand_in = items if kind is list else tuple(items) if kind is tuple else kind(*items)
-            self._originals.append((stand_in, list(items), name))
+            self._originals.append((stand_in, list(items), path))
         elif kind in (dict, OrderedDict):
             if len(value) > MAX_ITEMS or not all(is_constant(key) for key in value):
                 raise UntraceableError(f"{name} is a {kind.__name__} with keys that are not plain data, or more than {MAX_ITEMS}")
             self.note(path, Container(kind, tuple(value)))
             stand_in = kind((key, self.lift(item, (*path, ("item", key)))) for key, item in value.items())
-            self._originals.append((stand_in, dict(stand_in), name))
+            self._originals.append((stand_in, dict(stand_in), path))
         elif _is_plain_object(value):
             self.note(path, Container(kind, tuple(value.__dict__)))
             stand_in = object.__new__(kind)
             stand_in.__dict__.update((key, self.lift(item, (*path, ("attribute", key)))) for key, item in value.__dict__.items())
-            self._originals.append((stand_in.__dict__, dict(stand_in.__dict__), name))
+            self._originals.append((stand_in.__dict__, dict(stand_in.__dict__), path))
         else:
             raise UntraceableError(
                 f"forward reads {name}, a {kind.__module__}.{kind.__qualname__}; expected tensors, modules, plain data, functions, and lists, tuples and dicts of them"
@@ -221,9 +234,16 @@ class Shadows:
         self._seen[id(value)] = (value, stand_in, path)
         return stand_in
 
+    def is_live(self, path: Path) -> bool:
+        """Whether ``path`` leads into a submodule that stays a live call."""
+        return any(path[: len(live)] == live for live in self._live)
+
     def side_effect(self) -> str | None:
-        """What ``forward`` changed in the shadow, in words, or ``None``."""
-        for stand_in, original, name in self._originals:
+        """What ``forward`` changed in the shadow, in words, or ``None``. What happens inside of live calls is theirs."""
+        for stand_in, original, path in self._originals:
+            if self.is_live(path):
+                continue
+            name = f"self.{path_name(path)}" if path else "the module"
             if isinstance(stand_in, dict):
                 changed = [key for key in {**original, **stand_in} if stand_in.get(key, self) is not original.get(key, self)]
                 if changed:
@@ -239,6 +259,7 @@ class Shadows:
         """Drop all stand-ins; the reads stay."""
         self._seen.clear()
         self._originals.clear()
+        self._outer.clear()
 
     def owns(self, value: object) -> bool:
         """Whether ``value`` is a stand-in for a container or object of the module (and not made by ``forward``)."""
@@ -270,7 +291,7 @@ class _Table(dict[str, Any]):
         if name in self._names:
             return True
         own = self._live.__dict__
-        if self._table == "_parameters":
+        if self._table == "_parameters" and not self._shadows.is_live(self._path):
             return name in own and name not in _INTERNAL and name != "_compiled_call_impl"
         if self._table == "_modules" and isinstance(name, str) and name not in own["_buffers"]:
             self._shadows.note(self._path, Absent(name), f" without {name}")

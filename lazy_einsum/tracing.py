@@ -159,11 +159,15 @@ def _trace(function: Any, arguments: Arguments, is_leaf: Callable[[nn.Module, st
     random_state = ambient_module.RandomState()
     grad = torch.is_grad_enabled()
     recorder = _Recorder(is_leaf, random_state, connected)
+    # Autocast keeps casts of weights until it ends; it must not keep casts of fakes.
+    cache = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
     try:
         try:
             result = recorder.run(function, arguments)
         finally:
             torch.set_grad_enabled(grad)
+            torch.set_autocast_cache_enabled(cache)
             reseeded = random_state.restore()
             changed = recorder.shadows.restore_outer()
         if recorder.failure is not None:  # raised inside, but swallowed by an ``except`` of the user's
@@ -614,7 +618,10 @@ class _Recorder(TorchFunctionMode):
 
         def record(inner: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             taken = self._argument(list(args)), self._argument(dict(kwargs))
+            # Side effects of a live call are the live module's business; those of this run are undone.
+            self.shadows.restore_outer()
             result = inner.forward(*args, **kwargs)
+            self.shadows.restore_outer(report=False)
             found: list[Any] = []
             flatten(result, found)
             target = path_name(path)

@@ -9,7 +9,7 @@ import torch
 from torch import fx
 
 from ..errors import EquationError
-from ..graph import EINSUM_TARGETS, MAX_LABELS, Writers, copy_graph, facts, read_einsum, type_of
+from ..graph import EINSUM_TARGETS, MAX_LABELS, Writers, copy_graph, facts, given, read_einsum, type_of
 from ..spec import EinsumSpec, symbol
 
 _Read = tuple[EinsumSpec, tuple[fx.Node, ...]]
@@ -72,7 +72,7 @@ def _read_torch_einsum(node: fx.Node) -> _Read | None:
 
 def _read_tensordot(node: fx.Node) -> _Read | None:
     """``tensordot(a, b, dims=2)`` in all its forms: ``dims`` a number, a pair of lists, or a list of two lists."""
-    arguments = dict(zip(("a", "b", "dims"), node.args, strict=False)) | dict(node.kwargs)
+    arguments = dict(zip(("a", "b", "dims"), node.args, strict=False)) | given(node.kwargs)
     if not set(arguments) <= {"a", "b", "dims"} or len(node.args) > 3:
         return None
     left, right, dims = arguments.get("a"), arguments.get("b"), arguments.get("dims", 2)

@@ -205,7 +205,8 @@ def _write(tree: _Tree, leaves: Sequence[fx.Node], free: bool, storages: Iterato
         stride = program.stride
         if order is not None and order != tuple(range(len(order))):
             result = stamp(graph.call_method("permute", (result, tuple(order.index(dim) for dim in range(len(order))))), inside)
-            stride = known.type.stride
+            stride = contiguous_strides([known.type.shape[dim] for dim in order])
+            stride = tuple(stride[order.index(dim)] for dim in range(len(order)))
     result.meta = dict(root.meta)
     stamp(result, replace(known, type=replace(known.type, stride=normal_strides(known.type.shape, stride))))
     root.replace_all_uses_with(result)
@@ -255,10 +256,8 @@ def _shape(node: fx.Node) -> tuple[int, ...]:
     return known.shape
 
 
-def _memory_order(known: TensorType) -> tuple[int, ...] | None:
-    """The dimensions, outermost in memory first; ``None`` where they leave gaps or overlap."""
-    order = tuple(sorted(range(len(known.shape)), key=lambda dim: (-known.stride[dim], dim)))
-    dense = contiguous_strides([known.shape[dim] for dim in order])
-    if known.is_contiguous or 0 in known.shape:
+def _memory_order(known: TensorType) -> tuple[int, ...]:
+    """The dimensions, outermost in memory first."""
+    if known.is_contiguous:
         return tuple(range(len(known.shape)))
-    return order if all(known.shape[dim] == 1 or known.stride[dim] == step for dim, step in zip(order, dense, strict=True)) else None
+    return tuple(sorted(range(len(known.shape)), key=lambda dim: (-known.stride[dim], dim)))
