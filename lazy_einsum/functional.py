@@ -1,8 +1,7 @@
-"""The one-shot functions: optimize a traced graph once, ahead of time, with the names and signatures of opt_einsum_fx."""
+"""The one-shot functions: optimize a traced graph once, ahead of time; names and signatures are opt_einsum_fx's."""
 
 from __future__ import annotations
 
-import itertools
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -12,10 +11,12 @@ import torch
 from torch import fx, nn
 
 from .errors import MemoryLimitError
-from .graph import EVERYTHING, Facts, copy_graph, facts, is_einsum, read_einsum, stamp, type_of, writes
-from .passes import canonicalize, choose_paths, place_scalars
-from .passes import fuse_einsums as fuse_einsums_pass
-from .passes import fuse_scalars as fuse_scalars_pass
+from .graph import EVERYTHING, Facts, copy_graph, facts, is_einsum, read_einsum, stamp, tensor_nodes, type_of, writes
+from .passes.canonicalize import canonicalize
+from .passes.choose_paths import choose_paths
+from .passes.fuse_einsums import fuse_einsums as fuse_einsums_pass
+from .passes.fuse_scalars import fuse_scalars as fuse_scalars_pass
+from .passes.place_scalars import place_scalars
 from .plan import make_plan
 from .signature import TensorType, contiguous_strides
 
@@ -25,17 +26,20 @@ _Obj = TypeVar("_Obj", fx.GraphModule, fx.Graph)
 def optimize_einsums_full(
     model: nn.Module | Callable[..., Any] | fx.Graph,
     example_inputs: Sequence[Any],
-    contract_kwargs: Mapping[str, Any] = {},  # noqa: B006
+    contract_kwargs: Mapping[str, Any] = {},
     tracer_class: type[fx.Tracer] = fx.Tracer,
 ) -> Any:
     """Optimize the einsums of ``model`` once, for the shapes of ``example_inputs``.
 
-    The result is right for other sizes of the same ranks too; the contraction orders are those chosen for these. What ``torch.fx`` symbolic tracing can't see is not seen: control flow on values
-    raises its ``TraceError``; grad mode, autocast, mutation of attributes and Python values are frozen as they are while tracing. ``OptimizedModule`` has none of these limits.
+    The result is right for other sizes of the same ranks too; the contraction orders are those chosen for these. What
+    ``torch.fx`` symbolic tracing can't see is not seen: control flow on values raises its ``TraceError``; grad mode,
+    autocast, mutation of attributes and Python values are frozen as they are while tracing. ``OptimizedModule`` has
+    none of these limits.
 
     Args:
         model: a module, a function, a ``GraphModule`` or a ``Graph``.
-        example_inputs: positional arguments of ``model``; only shapes, dtypes and strides matter, no computation is done on them.
+        example_inputs: positional arguments of ``model``; only shapes, dtypes and strides matter, no computation is
+            done on them.
         contract_kwargs: ``optimize`` and ``memory_limit`` as ``opt_einsum.contract_path`` has them.
         tracer_class: traces what is no graph yet.
 
@@ -61,7 +65,13 @@ def optimize_einsums_full(
         root = tracer.root
     graph = copy_graph(graph)
     EfficientShapeProp(root, graph).run(*example_inputs)
-    for run in (canonicalize(), fuse_scalars_pass(), fuse_einsums_pass(), _choose_paths(contract_kwargs), place_scalars()):
+    for run in (
+        canonicalize(),
+        fuse_scalars_pass(),
+        fuse_einsums_pass(),
+        _choose_paths(contract_kwargs),
+        place_scalars(),
+    ):
         graph = run(graph)
     graph = _keep_layouts(root, graph, example_inputs)
     _show_types(graph)
@@ -71,15 +81,16 @@ def optimize_einsums_full(
     return fx.GraphModule(root, graph, type(root).__name__ if isinstance(model, fx.GraphModule) else "GraphModule")
 
 
-def optimize_einsums(graph: fx.Graph, contract_kwargs: Mapping[str, Any] = {}) -> fx.Graph:  # noqa: B006
-    """Choose a contraction order for each einsum of ``graph``, which ``EfficientShapeProp`` or torch's ``ShapeProp`` has gone through.
+def optimize_einsums(graph: fx.Graph, contract_kwargs: Mapping[str, Any] = {}) -> fx.Graph:
+    """Choose a contraction order for each einsum of a graph that ``EfficientShapeProp``, or torch's, has gone through.
 
     Args:
         graph: stays as it is.
         contract_kwargs: ``optimize`` and ``memory_limit`` as ``opt_einsum.contract_path`` has them.
 
     Returns:
-        A graph with einsums of one or two operands. An einsum of operands of unknown shape is left alone, with a ``RuntimeWarning``.
+        A graph with einsums of one or two operands. An einsum of operands of unknown shape is left alone, with a
+        ``RuntimeWarning``.
 
     >>> module = fx.symbolic_trace(lambda x, y, z: torch.einsum("ij,jk,kl->il", x, y, z))
     >>> _ = EfficientShapeProp(module).run(torch.rand(2, 100), torch.rand(100, 2), torch.rand(2, 100))
@@ -95,7 +106,7 @@ def optimize_einsums(graph: fx.Graph, contract_kwargs: Mapping[str, Any] = {}) -
 
 
 def fuse_einsums(graph: fx.Graph, in_place: bool = False) -> fx.Graph:
-    """Make one einsum of those that feed each other and nothing else, so that one contraction order can be chosen for all.
+    """Make one einsum of those that feed each other and nothing else, so that one order can be chosen for all.
 
     Args:
         graph: with facts or without.
@@ -136,7 +147,7 @@ def fuse_scalars(graph: fx.Graph, in_place: bool = False) -> fx.Graph:
 
 
 def jitable(obj: _Obj) -> _Obj:
-    """Write calls whose signatures differ in TorchScript the way TorchScript takes them (``tensordot``, ``permute``), in place.
+    """Write calls (``tensordot``, ``permute``) the way TorchScript takes them, in place.
 
     Args:
         obj: a ``GraphModule`` or ``Graph``.
@@ -145,13 +156,23 @@ def jitable(obj: _Obj) -> _Obj:
         ``obj``.
     """
     graph = obj.graph if isinstance(obj, fx.GraphModule) else obj
+    node: fx.Node
     for node in graph.nodes:
         if node.op == "call_function" and node.target is torch.tensordot and "dims" in node.kwargs:
             kwargs = dict(node.kwargs)
             dims = kwargs.pop("dims")
-            lists = tuple([side] if isinstance(side, int) else list(side) for side in dims) if isinstance(dims, (tuple, list)) else dims
+            lists = (
+                tuple([side] if isinstance(side, int) else list(side) for side in dims)
+                if isinstance(dims, (tuple, list))
+                else dims
+            )
             node.args, node.kwargs = (*node.args, lists), kwargs
-        elif node.op == "call_method" and node.target == "permute" and len(node.args) > 1 and not isinstance(node.args[1], (tuple, list)):
+        elif (
+            node.op == "call_method"
+            and node.target == "permute"
+            and len(node.args) > 1
+            and not isinstance(node.args[1], (tuple, list))
+        ):
             node.args = (node.args[0], list(node.args[1:]))
     graph.lint()
     if isinstance(obj, fx.GraphModule):
@@ -181,8 +202,10 @@ _UNKNOWN = _Unknown()
 class EfficientShapeProp(fx.Interpreter):
     """Find shape, dtype and memory of every value of a graph without computing anything: it runs on fake tensors.
 
-    After ``run``, each node has ``meta["tensor_meta"]`` (with ``.shape`` and ``.dtype``; ``None`` where the value is no tensor), ``meta["type"]``, and the facts that the passes read. No buffer
-    changes, no random number is drawn, and the order in which an einsum is written costs nothing. Values that depend on data (``nonzero``, ``item``), and what is made of them, stay unknown.
+    After ``run``, each node has ``meta["tensor_meta"]`` (with ``.shape`` and ``.dtype``; ``None`` where the value is no
+    tensor), ``meta["type"]``, and the facts that the passes read. No buffer
+    changes, no random number is drawn, and the order in which an einsum is written costs nothing. Values that depend on
+    data (``nonzero``, ``item``), and what is made of them, stay unknown.
 
     Args:
         module: the graph's module.
@@ -214,8 +237,7 @@ class EfficientShapeProp(fx.Interpreter):
 
     def run_node(self, n: fx.Node) -> Any:
         """Run one node on fakes and stamp it."""
-        taken: list[Any] = []
-        fx.node.map_arg((n.args, n.kwargs), lambda node: taken.append(self.env[node]) or node)  # type: ignore[func-returns-value]
+        taken = [self.env[node] for node in tensor_nodes((n.args, n.kwargs))]
         if n.op != "output" and any(value is _UNKNOWN for value in taken):
             return self._stamp(n, _UNKNOWN, writes(n))
         tensors = [value for value in torch.utils._pytree.tree_leaves(taken) if isinstance(value, torch.Tensor)]
@@ -224,7 +246,11 @@ class EfficientShapeProp(fx.Interpreter):
             result = self._run(n)
         except _data_dependent():
             return self._stamp(n, _UNKNOWN, writes(n))
-        written = {self._storage(tensor) for tensor, version in zip(tensors, versions, strict=True) if _version(tensor) != version}
+        written = {
+            self._storage(tensor)
+            for tensor, version in zip(tensors, versions, strict=True)
+            if _version(tensor) != version
+        }
         if n.op == "call_module" and _has_state_of_its_own(self.fetch_attr(str(n.target))):
             written = {EVERYTHING}
         return self._stamp(n, result, tuple(sorted(written)))
@@ -241,7 +267,8 @@ class EfficientShapeProp(fx.Interpreter):
             found = read_einsum(n) if is_einsum(n) else None
             if found is None or len(found[1]) < 3:
                 raise
-        # In the order that torch takes, an intermediate may have more elements than an integer can count. Ours is no worse, and says what is wrong if shapes don't fit.
+        # In the order that torch takes, an intermediate may have more elements than an integer can count. Ours is no
+        # worse, and says what is wrong if shapes don't fit.
         spec, operands = found
         values = [self.env[operand] for operand in operands]
         for step in make_plan(spec, [value.shape for value in values], generic=True).steps:
@@ -249,11 +276,16 @@ class EfficientShapeProp(fx.Interpreter):
         return values[-1]
 
     def _call_module(self, module: Any, args: Any, kwargs: Any) -> Any:
-        state = {**dict(module.named_parameters(remove_duplicate=False)), **dict(module.named_buffers(remove_duplicate=False))}
+        state = {
+            **dict(module.named_parameters(remove_duplicate=False)),
+            **dict(module.named_buffers(remove_duplicate=False)),
+        }
         if isinstance(module, torch.jit.ScriptModule) or not state:
             return module(*args, **kwargs)
         # On fakes of its own tensors, lest a module that updates its buffers (BatchNorm) updates the real ones.
-        return torch.func.functional_call(module, {name: self._fake(value) for name, value in state.items()}, args, kwargs)
+        return torch.func.functional_call(
+            module, {name: self._fake(value) for name, value in state.items()}, args, kwargs
+        )
 
     def _fake(self, value: Any) -> Any:
         if isinstance(value, torch.Tensor) and not _is_fake(value):
@@ -301,7 +333,11 @@ def _data_dependent() -> tuple[type[Exception], ...]:
     """What an operation raises on fake tensors where its result depends on data."""
     from torch._subclasses import fake_tensor
 
-    return (fake_tensor.DataDependentOutputException, fake_tensor.DynamicOutputShapeException, fake_tensor.UnsupportedOperatorException)
+    return (
+        fake_tensor.DataDependentOutputException,
+        fake_tensor.DynamicOutputShapeException,
+        fake_tensor.UnsupportedOperatorException,
+    )
 
 
 def _version(tensor: torch.Tensor) -> int:
@@ -314,10 +350,16 @@ def _has_state_of_its_own(module: Any) -> bool:
 
 
 def _choose_paths(contract_kwargs: Mapping[str, Any]) -> Callable[[fx.Graph], fx.Graph]:
-    """The pass ``choose_paths`` with opt_einsum's options, size-generic. A limit that no order keeps is dropped, as opt_einsum would then contract all the rest in one step."""
+    """The pass ``choose_paths`` with opt_einsum's options, size-generic.
+
+    A limit that no order keeps is dropped, with a warning; opt_einsum would then contract all the rest in one step.
+    """
     unknown = set(contract_kwargs) - {"optimize", "memory_limit", "use_blas"}
     if unknown:
-        raise TypeError(f"contract_kwargs has {sorted(unknown)}, expected only 'optimize' and 'memory_limit' (and 'use_blas', which changes nothing here)")
+        raise TypeError(
+            f"contract_kwargs has {sorted(unknown)}, expected only 'optimize' and 'memory_limit' "
+            "(and 'use_blas', which changes nothing here)"
+        )
     optimize, limit = contract_kwargs.get("optimize", "auto"), contract_kwargs.get("memory_limit")
 
     def run(graph: fx.Graph) -> fx.Graph:
@@ -331,14 +373,23 @@ def _choose_paths(contract_kwargs: Mapping[str, Any]) -> Callable[[fx.Graph], fx
 
 
 def _keep_layouts(root: nn.Module, graph: fx.Graph, example_inputs: Sequence[Any]) -> fx.Graph:
-    """``graph`` with the strides put right of einsums that, after fusing and planning, give others than before, where something other than an einsum may notice (``view``)."""
+    """``graph`` with the strides put right where something other than an einsum may notice (``view``).
+
+    After fusing and planning, ``torch.einsum`` may lay out a result otherwise than before.
+    """
     actual = copy_graph(graph)
     EfficientShapeProp(root, actual).run(*example_inputs)
     new = copy_graph(graph)
     looks = any(node.op == "call_method" and node.target in _LAYOUT_METHODS for node in new.nodes)
     for node, other in zip(list(new.nodes), list(actual.nodes), strict=True):
         wanted, found = type_of(node), type_of(other)
-        if not is_einsum(node) or wanted is None or found is None or wanted.stride == found.stride or all(is_einsum(user) for user in node.users):
+        if (
+            not is_einsum(node)
+            or wanted is None
+            or found is None
+            or wanted.stride == found.stride
+            or all(is_einsum(user) for user in node.users)
+        ):
             continue
         if not wanted.is_contiguous and not looks:
             continue
@@ -351,14 +402,20 @@ def _keep_layouts(root: nn.Module, graph: fx.Graph, example_inputs: Sequence[Any
         with new.inserting_after(value):
             value = new.call_method("contiguous", (value,))
         with new.inserting_after(value):
-            value = value if in_order else new.call_method("permute", (value, [order.index(dim) for dim in range(len(order))]))
+            value = (
+                value
+                if in_order
+                else new.call_method("permute", (value, [order.index(dim) for dim in range(len(order))]))
+            )
         stamp(value, facts(node) or Facts())
         for user in users:
             user.replace_input_with(node, value)
     return new
 
 
-_LAYOUT_METHODS = frozenset({"view", "view_as", "as_strided", "stride", "is_contiguous", "data_ptr", "untyped_storage", "storage_offset"})
+_LAYOUT_METHODS = frozenset(
+    {"view", "view_as", "as_strided", "stride", "is_contiguous", "data_ptr", "untyped_storage", "storage_offset"}
+)
 
 
 def _result(graph: fx.Graph, new: fx.Graph, in_place: bool) -> fx.Graph:

@@ -1,7 +1,9 @@
 """How an einsum sits in an ``fx.Graph``: reading and writing it, and the facts on every node that passes rely on.
 
-A graph between passes is ordinary runnable torch code. What a pass must know beside the code is in one immutable ``Facts`` per node: the value's type, the
-memory it lies in, the memory the node writes, and the mode it runs in. Graphs that nobody stamped (plain ``fx.symbolic_trace``) have no facts; ``writes`` then
+A graph between passes is ordinary runnable torch code. What a pass must know beside the code is in one immutable
+``Facts`` per node: the value's type, the
+memory it lies in, the memory the node writes, and the mode it runs in. Graphs that nobody stamped (plain
+``fx.symbolic_trace``) have no facts; ``writes`` then
 answers from the names of the operations, and assumes that a write reaches everything.
 """
 
@@ -30,7 +32,23 @@ EVERYTHING = -1
 
 _INPLACE_OPERATORS = frozenset(
     getattr(operator, name)
-    for name in "iadd isub imul imatmul itruediv ifloordiv imod ipow iand ior ixor ilshift irshift setitem delitem".split()
+    for name in [
+        "iadd",
+        "isub",
+        "imul",
+        "imatmul",
+        "itruediv",
+        "ifloordiv",
+        "imod",
+        "ipow",
+        "iand",
+        "ior",
+        "ixor",
+        "ilshift",
+        "irshift",
+        "setitem",
+        "delitem",
+    ]
 )
 
 
@@ -40,10 +58,12 @@ class Facts:
 
     Attributes:
         type: the value's type; ``None`` where the value is not one tensor.
-        storage: number of the memory that the value lies in, ``None`` where the value is not one tensor. Values with different numbers do not overlap.
+        storage: number of the memory that the value lies in, ``None`` where the value is not one tensor. Values with
+            different numbers do not overlap.
         writes: storages that running the node writes.
         grad: whether it runs with grad mode on.
-        movable: whether it runs in the graph's own ambient state apart from the grad mode, so that it may be computed elsewhere in the graph.
+        movable: whether it runs in the graph's own ambient state apart from the grad mode, so that it may be computed
+            elsewhere in the graph.
         where: ``file:line`` of the user's code that it comes from, where known.
     """
 
@@ -92,11 +112,13 @@ def copy_graph(graph: fx.Graph) -> fx.Graph:
 
 def fresh_storage(graph: fx.Graph) -> int:
     """A storage number that no node of ``graph`` has."""
-    return 1 + max((known.storage for node in graph.nodes if (known := facts(node)) and known.storage is not None), default=-1)
+    return 1 + max(
+        (known.storage for node in graph.nodes if (known := facts(node)) and known.storage is not None), default=-1
+    )
 
 
 def fresh_type(operand: TensorType) -> TensorType:
-    """The type of a new tensor that an elementwise call makes of ``operand``: dense, its dimensions in memory in the same order."""
+    """The type of a new tensor that an elementwise call makes of ``operand``: dense, dimensions in the same order."""
     stride = [0] * len(operand.shape)
     step = 1
     for dim in sorted(range(len(operand.shape)), key=lambda dim: (operand.stride[dim], -dim)):
@@ -128,18 +150,26 @@ def writes(node: fx.Node) -> tuple[int, ...]:
         return known.writes
     if node.op == "call_function":
         name = getattr(node.target, "__name__", "")
-        inplace = node.target in _INPLACE_OPERATORS or node.kwargs.get("out") is not None or node.kwargs.get("inplace") is True
+        inplace = (
+            node.target in _INPLACE_OPERATORS
+            or node.kwargs.get("out") is not None
+            or node.kwargs.get("inplace") is True
+        )
         inplace = inplace or (name.endswith("_") and not name.endswith("__"))
     elif node.op == "call_method":
         name = str(node.target)
-        inplace = (name.endswith("_") and not name.endswith("__")) or name in ("__setitem__", "__delitem__") or name.startswith("__i")
+        inplace = (
+            (name.endswith("_") and not name.endswith("__"))
+            or name in ("__setitem__", "__delitem__")
+            or name.startswith("__i")
+        )
     else:
         inplace = node.op == "call_module"
     return (EVERYTHING,) if inplace else ()
 
 
 class Writers:
-    """The nodes of a graph that write memory, to ask what may be read, or kept for the backward pass, elsewhere than it is.
+    """The nodes of a graph that write memory, to ask what may be read, or kept for the backward pass, elsewhere.
 
     Right as long as the writing nodes stay and nothing else starts to write.
 
@@ -151,21 +181,22 @@ class Writers:
         self._writes = [(node, written) for node in graph.nodes if (written := writes(node))]
 
     def write_any(self, reads: Iterable[fx.Node], after: fx.Node, before: fx.Node | None = None) -> bool:
-        """Whether a node after ``after``, and before ``before`` if that is given, writes memory of the values ``reads``."""
+        """Whether a node after ``after`` (and before ``before`` if given) writes memory of the values ``reads``."""
         if not self._writes:
             return False
         known = [facts(node) for node in reads]
         storages = {EVERYTHING if k is None or k.storage is None else k.storage for k in known}
         for node, written in self._writes:
-            if after < node and (before is None or node < before):
-                if EVERYTHING in written or EVERYTHING in storages or not storages.isdisjoint(written):
-                    return True
+            between = after < node and (before is None or node < before)
+            if between and (EVERYTHING in written or EVERYTHING in storages or not storages.isdisjoint(written)):
+                return True
         return False
 
     def allow(self, reads: Sequence[fx.Node], start: fx.Node, end: fx.Node) -> bool:
-        """Whether what ``start`` computes from ``reads`` may be computed at ``end`` instead, a later node that needs it.
+        """Whether what ``start`` computes from ``reads`` may be computed at ``end``, a later node that needs it.
 
-        Not if a node between the two writes what it reads. Not if any later node does, where autograd keeps operands of ``end``: the backward pass would refuse.
+        Not if a node between the two writes what it reads. Not if any later node does, where autograd keeps operands of
+        ``end``: the backward pass would refuse.
         """
         return not self.write_any(reads, start, None if may_require_grad(end) else end)
 
@@ -184,16 +215,17 @@ def may_require_grad(node: fx.Node) -> bool:
 
 
 def same_mode(first: fx.Node, second: fx.Node) -> bool:
-    """Whether both nodes run in one ambient state (grad mode, autocast), so that the work of one may be done at the other."""
+    """Whether both nodes run in one ambient state, so that the work of one may be done at the other."""
     a, b = facts(first), facts(second)
     if a is None or b is None:
-        # Unstamped graphs: a switch of grad mode leaves no trace in plain fx, so there is nothing to tell regions apart by.
+        # Unstamped graphs: a switch of grad mode leaves no trace in plain fx, so there is nothing to tell regions apart
+        # by.
         return True
     return a.movable and b.movable and a.grad == b.grad
 
 
 def uses(node: fx.Node) -> int:
-    """How often ``node`` is used, counting each place in a user's arguments. (``node.users`` counts users, so ``einsum(z, z)`` once.)"""
+    """How often ``node`` is used: twice in ``einsum(z, z)``, which ``node.users`` counts once."""
     count = 0
 
     def visit(argument: fx.Node) -> fx.Node:
@@ -207,7 +239,10 @@ def uses(node: fx.Node) -> int:
 
 
 def erase_if_unused(nodes: Iterable[fx.Node]) -> None:
-    """Erase those of ``nodes`` (last first) that nothing uses. Only for nodes that the caller has consumed: a node without users may be there for its writes."""
+    """Erase those of ``nodes`` (last first) that nothing uses.
+
+    Only for nodes that the caller has consumed: a node without users may be there for its writes.
+    """
     for node in nodes:
         if not node.users and not writes(node):
             node.graph.erase_node(node)
@@ -219,7 +254,7 @@ def is_einsum(node: Any) -> bool:
 
 
 def read_einsum(node: fx.Node) -> tuple[EinsumSpec, tuple[fx.Node, ...]] | None:
-    """The spec and operands of an einsum node, in whatever form it was written; ``None`` where ``node`` is no einsum or can't be read.
+    """The spec and operands of an einsum node, however it was written; ``None`` where it can't be read.
 
     It can't be read where an operand is no node, or an ellipsis meets an operand of unknown rank.
 
@@ -238,7 +273,10 @@ def read_einsum(node: fx.Node) -> tuple[EinsumSpec, tuple[fx.Node, ...]] | None:
             return None
         terms = first.replace(" ", "").split("->")[0].split(",")
         if len(terms) != len(operands):
-            raise EquationError(f"einsum {first!r} has {len(terms)} terms, but {len(operands)} operands are given; give one operand for each term")
+            raise EquationError(
+                f"einsum {first!r} has {len(terms)} terms, but {len(operands)} operands are given; "
+                "give one operand for each term"
+            )
         ranks = [len(known.shape) if known else len(term) for known, term in zip(types, terms, strict=True)]
         return EinsumSpec.parse(first, ranks), tuple(operands)
     operands, sublists = node.args[0::2], node.args[1::2]
@@ -254,15 +292,23 @@ def read_einsum(node: fx.Node) -> tuple[EinsumSpec, tuple[fx.Node, ...]] | None:
     return EinsumSpec.from_sublists(sublists, output, ranks), tuple(operands)  # type: ignore[arg-type]
 
 
-def write_einsum(graph: fx.Graph, spec: EinsumSpec, operands: Sequence[fx.Node], like: fx.Node | None = None, storage: int | None = None) -> fx.Node:
+def write_einsum(
+    graph: fx.Graph,
+    spec: EinsumSpec,
+    operands: Sequence[fx.Node],
+    like: fx.Node | None = None,
+    storage: int | None = None,
+) -> fx.Node:
     """Insert a canonical einsum at the graph's insertion point, stamped with the facts that follow from its operands'.
 
     Args:
         graph: where to write.
         spec: at most 52 labels.
         operands: one node for each term, all of one dtype.
-        like: the node whose work this does (in whole or in part); ``grad``, ``movable`` and ``where`` are taken from it.
-        storage: number for the memory of the result, if that is not a view; one that no node of the graph has where not given.
+        like: the node whose work this does (in whole or in part); ``grad``, ``movable`` and ``where`` are taken from
+            it.
+        storage: number for the memory of the result, if that is not a view; one that no node of the graph has where not
+            given.
     """
     spec = spec.canonical()
     node = graph.call_function(torch.einsum, (str(spec), *operands))
@@ -275,7 +321,14 @@ def write_einsum(graph: fx.Graph, spec: EinsumSpec, operands: Sequence[fx.Node],
     base = base or Facts()
     shape = spec.output_shape([t.shape for t in types])
     requires_grad = base.grad and any(t.requires_grad for t in types)
-    result = TensorType(tuple(shape), types[0].dtype, types[0].device, contiguous_strides(shape), requires_grad, is_leaf=not requires_grad)
+    result = TensorType(
+        tuple(shape),
+        types[0].dtype,
+        types[0].device,
+        contiguous_strides(shape),
+        requires_grad,
+        is_leaf=not requires_grad,
+    )
     if spec.is_view_only:
         assert known[0] is not None
         (term,) = spec.inputs
@@ -285,7 +338,9 @@ def write_einsum(graph: fx.Graph, spec: EinsumSpec, operands: Sequence[fx.Node],
         strides = normal_strides(shape, [step[label] for label in spec.output])
         view = replace(result, stride=strides, is_conj=types[0].is_conj, is_neg=types[0].is_neg)
         return stamp(node, replace(base, type=view, storage=known[0].storage, writes=()))
-    return stamp(node, replace(base, type=result, storage=fresh_storage(graph) if storage is None else storage, writes=()))
+    return stamp(
+        node, replace(base, type=result, storage=fresh_storage(graph) if storage is None else storage, writes=())
+    )
 
 
 def given(kwargs: Mapping[str, Any]) -> dict[str, Any]:
@@ -296,5 +351,10 @@ def given(kwargs: Mapping[str, Any]) -> dict[str, Any]:
 def tensor_nodes(value: Any) -> Iterator[fx.Node]:
     """The nodes in nested arguments, in order, with repetitions."""
     found: list[fx.Node] = []
-    fx.node.map_arg(value, lambda node: found.append(node) or node)  # type: ignore[func-returns-value]
+
+    def visit(node: fx.Node) -> fx.Node:
+        found.append(node)
+        return node
+
+    fx.node.map_arg(value, visit)
     yield from found

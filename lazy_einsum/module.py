@@ -282,10 +282,11 @@ class OptimizedModule(nn.Module):
                     return self._hit(entry, values, args, kwargs)
                 entry = self._build(child, arguments, verifier.add_stage if verifier else None)
                 values = entry.guard(child, args, kwargs, hooked)
+                if values is None and entry.writes_inputs:
+                    entry = self._build(child, arguments, verifier.add_stage if verifier else None, overlapping=True)
+                    values = entry.guard(child, args, kwargs, hooked)
                 if values is None:
-                    raise UntraceableError(
-                        "what the trace read can't be checked at later calls, or tensors share memory while the module writes to its inputs"
-                    )
+                    raise UntraceableError("what the trace read can't be checked at later calls")
                 self._store(kind, entry)
             self._remember(shapes, entry)
             return verifier.run(entry, values) if verifier is not None else entry.run(*values)
@@ -331,10 +332,12 @@ class OptimizedModule(nn.Module):
                 self.__dict__["_last"] = None
         return self._fall_back(self.module, args, kwargs, error, key)
 
-    def _build(self, child: Any, arguments: Arguments, on_stage: Callable[[Stage, Trace], None] | None = None) -> Specialization:
+    def _build(
+        self, child: Any, arguments: Arguments, on_stage: Callable[[Stage, Trace], None] | None = None, overlapping: bool = False
+    ) -> Specialization:
         cache = self._cache
-        cache.misses += 1
-        entry = specialize(child, arguments, self._options, self._is_leaf, on_stage)
+        cache.misses += not overlapping  # for these it is the second attempt of one call
+        entry = specialize(child, arguments, self._options, self._is_leaf, on_stage, overlapping)
         cache.build_seconds += entry.build_seconds
         if logger.isEnabledFor(logging.INFO):
             logger.info("%s: miss for %s: %s; built in %.1f ms", type(child).__name__, entry.signature, self._reason(entry.signature), entry.build_seconds * 1e3)

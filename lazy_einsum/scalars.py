@@ -1,6 +1,7 @@
-"""Numbers as factors of tensors: which calls multiply by one, which calls are multilinear in which operands, and how far a factor may move.
+"""Numbers as factors of tensors: which calls multiply by one, or are multilinear, and how far a factor may move.
 
-A call is *linear of degree d* in an operand when scaling the operand by ``c`` scales the result by ``c ** d``. Tables below say which calls are; a call that no table
+A call is *linear of degree d* in an operand when scaling the operand by ``c`` scales the result by ``c ** d``. Tables
+below say which calls are; a call that no table
 names, or that is written in a form that its rule does not read, stops every factor.
 """
 
@@ -23,7 +24,8 @@ from .graph import EINSUM_TARGETS, facts, given, read_einsum, tensor_nodes, type
 _EXACT_INTEGERS = frozenset({torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8})
 _HALF = frozenset({torch.float16, torch.complex32})
 
-# A factor of this size, moved past a product, makes nothing infinite or subnormal that was well inside the range of normal numbers before.
+# A factor of this size, moved past a product, makes nothing infinite or subnormal that was well inside the range of
+# normal numbers before.
 _SMALL_RANGE = (Fraction(1, 10**10), Fraction(10**10))
 _LARGE_RANGE = (Fraction(1, 10**100), Fraction(10**100))
 _RANGES = {
@@ -42,7 +44,8 @@ class Factor:
 
     Attributes:
         value: the number; a ``Fraction`` unless a complex number took part.
-        kind: the type that Python gives the same product: ``int`` as long as only integers were multiplied, else ``float`` or ``complex``.
+        kind: the type that Python gives the same product: ``int`` as long as only integers were multiplied, else
+            ``float`` or ``complex``.
     """
 
     value: Fraction | complex
@@ -50,7 +53,7 @@ class Factor:
 
     @classmethod
     def of(cls, number: object) -> Factor | None:
-        """The factor for a Python number, or ``None`` where it is no plain, finite number other than zero (``bool`` is no number here)."""
+        """The factor for a Python number; ``None`` where it is zero, infinite, NaN, a ``bool`` or no number at all."""
         if type(number) is int and number != 0:
             return cls(Fraction(number), int)
         if type(number) is float and math.isfinite(number) and number != 0.0:
@@ -79,10 +82,10 @@ class Factor:
         return Factor(self.value**degree, kind)
 
     def fits(self, dtype: torch.dtype | None, reassociate: bool | None = None) -> bool:
-        """Whether tensors of ``dtype`` (``None``: unknown, taken to be real floating point) may be multiplied by it early or late, with no harm to range or type.
+        """Whether tensors of ``dtype`` may be multiplied by it early or late, with no harm to range or type.
 
         Args:
-            dtype: of the tensors.
+            dtype: of the tensors; ``None`` is unknown, and taken to be real floating point.
             reassociate: True lets factors move in float16 too.
         """
         if dtype is None:
@@ -97,7 +100,7 @@ class Factor:
         return dtype in _RANGES and self._within(*_RANGES[dtype])
 
     def _within(self, low: Fraction, high: Fraction) -> bool:
-        size = abs(self.value)
+        size = float(abs(self.value)) if isinstance(self.value, complex) else abs(self.value)
         return low <= size <= high
 
 
@@ -109,13 +112,14 @@ def _complex(value: Fraction | complex) -> complex:
 
 
 class Linear(NamedTuple):
-    """What a call computes, seen from its factors: ``factor`` times something that has the given degree in each operand occurrence.
+    """What a call computes, seen from its factors: ``factor`` times something of some degree in each operand.
 
     Attributes:
         factor: the Python numbers in the call itself.
         operands: each place where a tensor enters, with the degree of the result in it.
         only_scales: whether the call does nothing but multiply its one operand by ``factor``.
-        layout: what the operands' strides mean for it: "any" nothing, "kept" the result's follow them, "needed" it refuses some (``view``).
+        layout: what the operands' strides mean for it: "any" nothing, "kept" the result's follow them, "needed" it
+            refuses some (``view``).
     """
 
     factor: Factor
@@ -125,7 +129,7 @@ class Linear(NamedTuple):
 
 
 def _spellings(*names: str) -> frozenset[Any]:
-    """All targets under which an op of one of these names may stand in a graph: method names, ``torch.name``, ``torch.Tensor.name``."""
+    """All targets of calls with one of these names: of methods, of ``torch``, of ``torch.Tensor``."""
     found: list[Any] = list(names)
     for module in (torch, torch.Tensor):
         found += [getattr(module, name) for name in names if hasattr(module, name)]
@@ -136,12 +140,27 @@ _MUL = _spellings("mul", "multiply", "__mul__", "__rmul__") | {operator.mul}
 _DIV = _spellings("div", "divide", "true_divide", "__truediv__", "__div__") | {operator.truediv}
 _REVERSED_DIV = _spellings("__rtruediv__", "__rdiv__")
 _NEG = _spellings("neg", "negative", "__neg__") | {operator.neg}
-_PRODUCTS = (
-    _spellings("matmul", "__matmul__", "__rmatmul__", "mm", "bmm", "mv", "dot", "outer", "ger", "inner", "tensordot")
-    | {operator.matmul, torch.functional.tensordot}
-)
+_PRODUCTS = _spellings(
+    "matmul", "__matmul__", "__rmatmul__", "mm", "bmm", "mv", "dot", "outer", "ger", "inner", "tensordot"
+) | {operator.matmul, torch.functional.tensordot}
 _UNARY = _spellings(
-    *("permute", "transpose", "t", "swapaxes", "swapdims", "movedim", "moveaxis", "unsqueeze", "squeeze", "reshape", "flatten", "diagonal", "trace", "sum", "mean")
+    *(
+        "permute",
+        "transpose",
+        "t",
+        "swapaxes",
+        "swapdims",
+        "movedim",
+        "moveaxis",
+        "unsqueeze",
+        "squeeze",
+        "reshape",
+        "flatten",
+        "diagonal",
+        "trace",
+        "sum",
+        "mean",
+    )
 )
 _VIEW = _spellings("view")
 _LINEAR_ATTRIBUTES = frozenset({"T", "mT"})
@@ -152,7 +171,10 @@ Tensors = Set[fx.Node]
 
 
 def tensors(graph: fx.Graph) -> frozenset[fx.Node]:
-    """The nodes of ``graph`` whose values are tensors. Without facts: those that aren't plainly numbers or sizes, which is read off the calls that lead to them."""
+    """The nodes of ``graph`` whose values are tensors.
+
+    Without facts: those that aren't plainly numbers or sizes, which is read off the calls that lead to them.
+    """
     found: set[fx.Node] = set()
     for node in graph.nodes:
         known = facts(node)
@@ -164,7 +186,8 @@ def tensors(graph: fx.Graph) -> frozenset[fx.Node]:
 def read_linear(node: fx.Node, among: Tensors) -> Linear | None:
     """How ``node`` depends on the scale of its tensor operands; ``None`` where no table says that it is linear.
 
-    Numbers that are zero, infinite or NaN, ``rounding_mode``, ``dtype`` and ``out`` make a call opaque, and so does arithmetic on sizes.
+    Numbers that are zero, infinite or NaN, ``rounding_mode``, ``dtype`` and ``out`` make a call opaque, and so does
+    arithmetic on sizes.
 
     Args:
         node: the call.
@@ -267,12 +290,64 @@ _RULES: dict[Any, _Rule] = {
     for target in targets
 }
 
-_NUMBER_METHODS = frozenset({"size", "dim", "ndimension", "numel", "nelement", "stride", "item", "tolist", "storage_offset", "__len__", "element_size"})
+_NUMBER_METHODS = frozenset(
+    {
+        "size",
+        "dim",
+        "ndimension",
+        "numel",
+        "nelement",
+        "stride",
+        "item",
+        "tolist",
+        "storage_offset",
+        "__len__",
+        "element_size",
+    }
+)
 _NUMBER_ATTRIBUTES = frozenset({"shape", "ndim", "dtype", "device", "requires_grad", "itemsize", "nbytes", "layout"})
-_NUMBER_FUNCTIONS = frozenset({len, int, float, bool, round, math.sqrt, math.prod, math.ceil, math.floor, math.log, math.exp, math.log2, torch.numel})
+_NUMBER_FUNCTIONS = frozenset(
+    {
+        len,
+        int,
+        float,
+        bool,
+        round,
+        math.sqrt,
+        math.prod,
+        math.ceil,
+        math.floor,
+        math.log,
+        math.exp,
+        math.log2,
+        torch.numel,
+    }
+)
 _NUMBER_IF_OPERANDS_ARE = frozenset(
     {max, min, abs, sum, operator.getitem}
-    | {getattr(operator, name) for name in "add sub mul truediv floordiv mod pow neg pos abs and_ or_ lt le gt ge eq ne".split()}
+    | {
+        getattr(operator, name)
+        for name in [
+            "add",
+            "sub",
+            "mul",
+            "truediv",
+            "floordiv",
+            "mod",
+            "pow",
+            "neg",
+            "pos",
+            "abs",
+            "and_",
+            "or_",
+            "lt",
+            "le",
+            "gt",
+            "ge",
+            "eq",
+            "ne",
+        ]
+    }
 )
 
 

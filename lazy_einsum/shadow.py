@@ -59,6 +59,8 @@ class Shadows:
 
     def note(self, path: Path, found: Found, question: str = "") -> None:
         """Record that ``found`` was read at ``path``."""
+        if self.is_live(path):
+            return  # the live call checks what it gives when it is made
         if len(self.reads) > MAX_ITEMS:
             raise UntraceableError(f"forward reads more than {MAX_ITEMS} attributes and items of the module")
         self.reads.setdefault((path, question), found)
@@ -81,7 +83,10 @@ class Shadows:
             raise UntraceableError(f"{name} ({kind.__name__}) can't be stood in for: it is no initialized nn.Module")
         self._seen[id(live)] = (live, shadow, path)
         self.note(path, ModuleClass(kind))
-        if kind not in self._classes:
+        reason = self._why_live(live, path)
+        if reason is not None:
+            self._live.append(path)
+        if kind not in self._classes and not self.is_live(path):
             self._classes.add(kind)
             self.read_outer(read_by_class(kind))
         own = shadow.__dict__
@@ -95,10 +100,8 @@ class Shadows:
             if key not in _INTERNAL and key != "_compiled_call_impl" and hasattr(kind, key):
                 # A class attribute of this name would be found before __getattr__ is asked: so it has to lie in the instance, read or not.
                 own[key] = self.lift(value, (*path, ("attribute", key)))
-        reason = self._why_live(live, path)
         if reason is not None:
             own["_compiled_call_impl"] = self._live_call(live, shadow, path, reason)
-            self._live.append(path)
         if self.is_live(path):
             # Free to do as it likes: its attributes lie in the instance, where they may be set.
             for key, value in live.__dict__.items():

@@ -89,7 +89,7 @@ class TensorType:
             tensor.device,
             stride,
             tensor.requires_grad,
-            tensor.is_leaf,
+            _is_leaf(tensor),
             isinstance(tensor, torch.nn.Parameter),
             tensor.is_conj(),
             tensor.is_neg(),
@@ -117,6 +117,14 @@ class TensorType:
             if getattr(self, name):
                 notes.append(name.removeprefix("is_"))
         return f"{text} {' '.join(notes)}".rstrip()
+
+
+def _is_leaf(tensor: torch.Tensor) -> bool:
+    try:
+        return tensor.is_leaf
+    except RuntimeError:
+        # A view made under no_grad whose base was written since: autograd refuses to say where it stands. It is no leaf.
+        return False
 
 
 class Constant:

@@ -129,6 +129,11 @@ class Specialization:
         return self.stages[list(self.stages)[-1]]
 
     @property
+    def writes_inputs(self) -> bool:
+        """Whether the code writes to memory of arguments or of the module."""
+        return any(name == "memory" for name, _ in self.signature.state)
+
+    @property
     def graph_module(self) -> fx.GraphModule:
         """The specialized program as a ``GraphModule`` on the live tensors of the child (made anew at each request, so that nothing is kept alive).
 
@@ -201,6 +206,7 @@ def specialize(
     options: Options,
     is_leaf: Callable[[nn.Module, str], bool] = lambda module, name: False,
     on_stage: Callable[[Stage, Trace], None] | None = None,
+    overlapping: bool = False,
 ) -> Specialization:
     """Make the specialization of ``module`` for the given arguments, in the present ambient state.
 
@@ -210,6 +216,8 @@ def specialize(
         options: how to plan.
         is_leaf: see ``trace``.
         on_stage: called with each stage while it is at hand (``verify`` runs them).
+        overlapping: whether this is for calls in which inputs share memory that the module writes to. A trace takes all inputs for separate; what it recorded
+            is right for these too, what passes make of it may not be, so none is run.
 
     Raises:
         MemoryLimitError: no contraction order stays below the limit.
@@ -221,7 +229,7 @@ def specialize(
     stages = Stages()
     plans: tuple[Plan, ...] = ()
     graph = traced.graph
-    for stage in run_passes(traced.graph, options):
+    for stage in run_passes(traced.graph, options) if not overlapping else (Stage("trace", graph, 0.0),):
         if stage.name == "choose_paths":
             plans = tuple(find_plans(graph, options))
         graph = stage.graph
@@ -232,10 +240,12 @@ def specialize(
     state = {target: traced.state[target] for target in dict.fromkeys(targets)}
     run = finish(compile_graph(graph, tuple(state)), traced, dict(ambient)["grad"])
     overlap = None
+    reads = describe_reads(traced.reads)
     if traced.writes_inputs:
-        overlap = no_overlap
+        overlap = overlaps if overlapping else no_overlap
+        reads = (*reads, ("memory", "shared by inputs" if overlapping else "of its own for each input"))
     guard = compile_guard(arguments, ambient, traced.reads, list(state.values()), overlap)
-    signature = Signature(arguments, ambient, describe_reads(traced.reads))
+    signature = Signature(arguments, ambient, reads)
     return Specialization(signature, graph, stages, plans, guard, run, state, module, time.perf_counter() - start)
 
 
@@ -259,6 +269,11 @@ def finish(function: Callable[..., Any], traced: Trace, grad: bool) -> Callable[
 def no_overlap(*tensors: torch.Tensor) -> bool:
     """Whether no two of ``tensors`` share memory: what a trace assumes, and code that writes its inputs relies on."""
     return len({tensor.untyped_storage()._cdata for tensor in tensors}) == len(tensors)
+
+
+def overlaps(*tensors: torch.Tensor) -> bool:
+    """The contrary of ``no_overlap``."""
+    return not no_overlap(*tensors)
 
 
 def find_plans(graph: fx.Graph, options: Options) -> Iterator[Plan]:

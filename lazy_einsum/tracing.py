@@ -27,7 +27,7 @@ from . import ambient as ambient_module
 from .errors import UntraceableError
 from .graph import EVERYTHING, Facts, facts, stamp
 from .shadow import Shadows
-from .signature import Alias, Arguments, Constant, Structure, TensorType, flatten, is_constant, unflatten
+from .signature import Alias, Arguments, Constant, Structure, TensorType, contiguous_strides, flatten, is_constant, unflatten
 from .state import Path, Reads, path_name
 from .surroundings import read_by_function
 
@@ -394,7 +394,7 @@ class _Recorder(TorchFunctionMode):
             return True
         gc.collect()  # a cycle in user code may hold one until now; only paid in that case
         # x.mul_(x) ties a tensor to itself inside of autograd, where Python's collector does not see it; no code can reach such a one.
-        return not any(_is_held(survivor) for reference in self._weak if (survivor := reference()) is not None)
+        return not any(_is_held(reference) for reference in self._weak)
 
     # -- fakes and nodes
 
@@ -428,7 +428,8 @@ class _Recorder(TorchFunctionMode):
         """The node that gives ``tensor``."""
         found = self._known.get(id(tensor))
         if found is not None:
-            if _grad_fn(tensor) is not found.grad_fn:
+            now = _grad_fn(tensor)
+            if now is not found.grad_fn and not (isinstance(now, str) and now == found.grad_fn):
                 raise self.fail("a tensor's place in autograd's graph changed outside of a recorded call (a custom autograd.Function, ...)")
             return found.node
         if id(tensor) in self._state_of:
@@ -526,6 +527,9 @@ class _Recorder(TorchFunctionMode):
             meta = torch.einsum(*_replaced(args, metas))
             requires_grad = self._grad and any(operand.requires_grad for operand in operands)
             known = replace(TensorType.of(meta), device=operands[0].device, requires_grad=requires_grad, is_leaf=not requires_grad)
+            if any(1 in operand.shape for operand in operands):
+                # On meta tensors dimensions of size 1 may get other strides than on real ones: ask for no less than eager could give.
+                known = replace(known, stride=contiguous_strides(known.shape))
         # Not connected to its operands in autograd's graph, which only differentiation inside of forward could tell; that asks for a trace with connections.
         return make_fake(known)
 
@@ -701,9 +705,10 @@ def _replaced(args: Any, metas: dict[int, torch.Tensor]) -> Any:
     return type(args)(_replaced(item, metas) for item in args) if isinstance(args, (list, tuple)) else args
 
 
-def _is_held(tensor: torch.Tensor) -> bool:
-    """Whether any Python object but the frames asking this refers to ``tensor``."""
-    return any(not isinstance(holder, types.FrameType) for holder in gc.get_referrers(tensor))
+def _is_held(reference: weakref.ref[torch.Tensor]) -> bool:
+    """Whether any Python object but the frame asking this refers to a tensor."""
+    tensor = reference()
+    return tensor is not None and any(not isinstance(holder, types.FrameType) for holder in gc.get_referrers(tensor))
 
 
 def _grad_fn(tensor: torch.Tensor) -> object:

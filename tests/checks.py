@@ -7,11 +7,12 @@ from typing import Any
 
 import torch
 from behaviour import clone_tree, differences, observe
+from torch import fx
+
 from lazy_einsum.graph import Facts, facts, is_einsum
 from lazy_einsum.signature import Arguments, TensorType
 from lazy_einsum.specialize import compile_graph, finish
 from lazy_einsum.tracing import Trace, trace
-from torch import fx
 
 Pass = Callable[[fx.Graph], fx.Graph]
 
@@ -58,7 +59,8 @@ def shape_of_code(graph: fx.Graph) -> list[tuple[Any, ...]]:
 def check_pass(pass_: Pass, function: Callable[..., Any], *inputs: torch.Tensor) -> list[str]:
     """Hold ``pass_`` to its promises on the program of ``function``.
 
-    Same results, gradients, dtypes, shapes, contiguity, aliasing and writes as eager; the argument untouched; a well-formed
+    Same results, gradients, dtypes, shapes, contiguity, aliasing and writes as eager; the argument untouched; a well-
+    formed
     graph; nothing left to do the second time; facts that are true of what really happens.
 
     Returns:
@@ -68,7 +70,9 @@ def check_pass(pass_: Pass, function: Callable[..., Any], *inputs: torch.Tensor)
     before = shape_of_code(program.graph), [facts(node) for node in program.graph.nodes]
     new = pass_(program.graph)
     assert new is not program.graph
-    assert before == (shape_of_code(program.graph), [facts(node) for node in program.graph.nodes]), "the argument changed"
+    assert before == (shape_of_code(program.graph), [facts(node) for node in program.graph.nodes]), (
+        "the argument changed"
+    )
     new.lint()
     assert shape_of_code(pass_(new)) == shape_of_code(new), "the second run changes something"
     run = finish(compile_graph(new, ()), program, grad=True)
@@ -117,18 +121,20 @@ class _Witness(fx.Interpreter):
         assert known.type is not None
         true = TensorType.of(value)
         for name in ("shape", "dtype", "device", "requires_grad"):
-            assert getattr(true, name) == getattr(known.type, name), f"{name} of {node} is {getattr(true, name)}, not {known.type}"
+            assert getattr(true, name) == getattr(known.type, name), (
+                f"{name} of {node} is {getattr(true, name)}, not {known.type}"
+            )
         if not self.has_einsums:
             # Before einsums are lowered, the facts say which strides they have to have in the end.
             assert true.stride == known.type.stride, f"strides of {node} are {true.stride}, not {known.type.stride}"
         address = value.untyped_storage().data_ptr()
         if value.numel():
             self.kept.append(value)
-            assert self.numbers.setdefault(address, known.storage) == known.storage, f"{node} lies in the memory of another storage number"
+            assert self.numbers.setdefault(address, known.storage) == known.storage, (
+                f"{node} lies in the memory of another storage number"
+            )
 
 
 def specs(graph: fx.Graph) -> list[str]:
     """The equations of the einsums, in order."""
     return [node.args[0] for node in graph.nodes if is_einsum(node)]
-
-

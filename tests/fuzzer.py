@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -63,6 +63,7 @@ EVERYTHING = Profile(
         "region": 0.8,
         "branch": 0.3,
         "split": 0.3,
+        "introspect": 0.5,
     },
     dtypes=(torch.float64, torch.int64, torch.complex128, torch.float32),
     dtype_weights=(6, 2, 1.5, 1),
@@ -110,7 +111,8 @@ class Program:
     inputs: tuple[Input, ...]
     state: tuple[Input, ...]
     tolerance: float
-    default_sizes: tuple[Mapping[str, int], ...]
+    #: Whether ``forward`` takes a Python number ``k`` too.
+    constant: bool = False
 
     @property
     def source(self) -> str:
@@ -123,7 +125,8 @@ class Program:
                 lines.append(f"        self.{item.name} = {built}")
             else:
                 lines.append(f"        self.register_buffer({item.name!r}, {item.expressions[0]})")
-        lines.append(f"    def forward(self, {', '.join(item.name for item in self.inputs)}):")
+        names = [item.name for item in self.inputs] + ["k=1"] * self.constant
+        lines.append(f"    def forward(self, {', '.join(names)}):")
         lines.append(textwrap.indent(self.body, "        "))
         return "\n".join(lines)
 
@@ -197,6 +200,7 @@ class Generator:
         self.used: set[str] = set()
         self.pinned: set[str] = set()
         self.low_precision = False
+        self.constant = profile.regions and self.random.random() < 0.25
 
     # -- the way a program comes about ---------------------------------------------------------------------------
 
@@ -219,11 +223,11 @@ class Generator:
             built_inputs.append(replace(item, expressions=tuple(template(sizes) for sizes in self.sizes)))
         for item, template in state:
             built_state.append(replace(item, expressions=tuple(template(sizes) for sizes in self.sizes)))
-        shell = Program(self.seed, self.profile.name, "", tuple(built_inputs), tuple(built_state), 0.0, (first, second))
+        shell = Program(self.seed, self.profile.name, "", tuple(built_inputs), tuple(built_state), 0.0, self.constant)
         for which in range(2):
             module = replace(shell, body="pass").build()
             arguments = shell.arguments(which, 2)
-            scope: dict[str, Any] = {"torch": torch, "self": module}
+            scope: dict[str, Any] = {"torch": torch, "self": module, "k": 1}
             for item, argument in zip(built_inputs, arguments):
                 scope[item.name] = argument if item.leaf else argument.clone()
             self.environments.append(scope)
@@ -391,7 +395,7 @@ class Generator:
         for scope in self.environments:
             tensors = {k: v for k, v in scope.items() if isinstance(v, Tensor)}
             memo = _copy_environment(tensors, scope["self"])
-            copies.append({"torch": torch, **memo})
+            copies.append({"torch": torch, "k": 1, **memo})
         compiled = compile(code, "<write>", "exec")
         for trial in copies:
             try:
@@ -613,6 +617,8 @@ class Generator:
         a = self._pick(recent=0.6)
         number = self._number(a.dtype)
         integer = not (a.dtype.is_floating_point or a.dtype.is_complex)
+        if self.constant and rng.random() < 0.4:
+            number = "k"
         if rng.random() < 0.08 and a.rank and self.profile.all_forms:
             number = rng.choice((f"{a.name}.shape[-1]", f"{a.name}.size(0)", f"({a.name}.shape[0] ** 0.5)"))
         n = a.name
@@ -863,6 +869,27 @@ class Generator:
         b = self._pick(lambda v: v.dims == a.dims and v.dtype == a.dtype)
         self._keep(f"2 * {a.name} if {a.name}.shape[0] > 2 else {b.name} * 3", a.dims)
 
+    def _introspect(self) -> None:
+        """Python that depends on what a key must hold."""
+        rng = self.random
+        a = self._pick()
+        n = a.name
+        source = rng.choice([v.name for v in self.values])
+        inputs = [v.name for v in self.values if v.name.startswith("x")]
+        conditions = [
+            "self.training",
+            f"{source}.requires_grad",
+            f"{source}.is_contiguous()",
+            "torch.is_grad_enabled()",
+            f"{source}.dtype in (torch.float64, torch.int64)",
+            f"{rng.choice(inputs)}.stride() == {rng.choice(inputs)}.stride()",
+        ]
+        if self.constant:
+            conditions += ["type(k) is int"] * 2
+        forms = [f"({n} * 2 if {rng.choice(conditions)} else {n} * 3)"] * 3
+        forms += [f"{n}.to({source}.dtype)", f"{n} * torch.ones({n}.shape, dtype={n}.dtype)"]
+        self._keep(rng.choice(forms), a.dims)
+
     def _returns(self) -> str:
         rng = self.random
         computed = [v for v in self.values if v.name.startswith("v")]
@@ -925,29 +952,97 @@ class Failure:
     """What went wrong with a program."""
 
     program: Program
-    call: str
-    which: int
+    call: Call
     problems: tuple[str, ...]
 
     def __str__(self) -> str:
-        return f"call {self.call}: " + "; ".join(self.problems) + "\n" + self.program.reproduction(self.which)
+        problems = "; ".join(self.problems)
+        return f"call {self.call.name}: {problems}\n{self.program.reproduction(self.call.which)}"
 
 
-def _call(program: Program, target: Callable[..., Any], module: nn.Module, which: int, seed: int) -> Observation:
-    leaves = program.arguments(which, seed)
-    passed = tuple(a if item.leaf else a.clone() for item, a in zip(program.inputs, leaves))
-    wanted = {item.name: a for item, a in zip(program.inputs, leaves)}
+class Call(NamedTuple):
+    """One call of a program in a series: what differs from the first."""
+
+    name: str
+    which: int = 0
+    seed: int = 2
+    grad: bool = True
+    train: bool = True
+    k: Any = 1
+    other_layout: bool = False
+    flip_requires_grad: bool = False
+    other_dtype: bool = False
+
+
+FIRST = Call("first")
+SMALLER = {torch.float64: torch.float32, torch.int64: torch.int32, torch.complex128: torch.complex64}
+
+
+def calls_of(program: Program) -> list[Call]:
+    """Calls that hold a cache to its key: each differs from the first in one thing that the code may depend on."""
+    calls = [
+        FIRST,
+        Call("again with other values", seed=3),
+        Call("other sizes", which=1, seed=4),
+        Call("no_grad", seed=5, grad=False),
+    ]
+    if program.constant:
+        calls += [Call("float in place of int", seed=6, k=1.0), Call("bool in place of int", seed=7, k=True)]
+    if "self.training" in program.body:
+        calls.append(Call("eval", seed=8, train=False))
+    turn = program.seed % 3
+    if turn == 0 or "stride" in program.body or "contiguous" in program.body:
+        calls.append(Call("other strides", seed=9, other_layout=True))
+    if turn == 1 or "requires_grad" in program.body:
+        calls.append(Call("requires_grad flipped", seed=10, flip_requires_grad=True))
+    if turn == 2 or "dtype" in program.body:
+        # Last, because it converts the module too.
+        calls.append(Call("other dtype", seed=11, other_dtype=True))
+    return calls
+
+
+def _relaid(tensor: Tensor) -> Tensor:
+    """The same values, dimensions in the opposite order in memory, or spread out."""
+    if tensor.dim() < 2:
+        return torch.stack([tensor, tensor], dim=-1)[..., 0]
+    order = tuple(reversed(range(tensor.dim())))
+    return tensor.permute(order).contiguous().permute(order)
+
+
+def _call(program: Program, target: Callable[..., Any], module: nn.Module, call: Call) -> Observation:
+    leaves = list(program.arguments(call.which, call.seed))
+    is_leaf = [item.leaf for item in program.inputs]
+    if call.other_layout:
+        # What shares memory keeps sharing it.
+        alone = [not _shares(x, leaves) for x in leaves]
+        leaves = [_relaid(x.detach()).requires_grad_(x.requires_grad) if one else x for x, one in zip(leaves, alone)]
+    if call.other_dtype:
+        leaves = [x.detach().to(SMALLER.get(x.dtype, x.dtype)).requires_grad_(x.requires_grad) for x in leaves]
+        for dtype, smaller in SMALLER.items():
+            _convert(module, dtype, smaller)
+    if call.flip_requires_grad:
+        leaves = [x.detach().requires_grad_(not x.requires_grad and not _is_integer(x)) for x in leaves]
+        is_leaf = [True for _ in is_leaf]
+    passed = tuple(x if leaf else x.clone() for x, leaf in zip(leaves, is_leaf))
+    module.train(call.train)
+    wanted = {item.name: x for item, x in zip(program.inputs, leaves)}
     wanted.update(module.named_parameters())
-    return observe(target, passed, module=module, leaves=wanted)
+    kwargs = {"k": call.k} if program.constant else {}
+    with torch.set_grad_enabled(call.grad):
+        return observe(target, passed, kwargs, module=module, leaves=wanted)
 
 
-#: Name of the call, set of sizes, seed of the values, grad mode on.
-CALLS: tuple[tuple[str, int, int, bool], ...] = (
-    ("first", 0, 2, True),
-    ("again with other values", 0, 3, True),
-    ("other sizes", 1, 4, True),
-    ("no_grad", 0, 5, False),
-)
+def _is_integer(tensor: Tensor) -> bool:
+    return not (tensor.is_floating_point() or tensor.is_complex())
+
+
+def _shares(tensor: Tensor, others: Sequence[Tensor]) -> bool:
+    memory = tensor.untyped_storage().data_ptr()
+    return sum(other.untyped_storage().data_ptr() == memory for other in others) > 1
+
+
+def _convert(module: nn.Module, dtype: torch.dtype, smaller: torch.dtype) -> None:
+    module._apply(lambda tensor: tensor.to(smaller) if tensor.dtype == dtype else tensor)
 
 
 def check(
@@ -955,7 +1050,7 @@ def check(
     wrap: Callable[[nn.Module], Callable[..., Any]],
     *,
     values_only: bool = False,
-    calls: Sequence[tuple[str, int, int, bool]] = CALLS,
+    calls: Sequence[Call] | None = None,
 ) -> Failure | None:
     """Run a program through ``wrap`` and in eager; the first difference, or None.
 
@@ -963,18 +1058,19 @@ def check(
     """
     expected_module, module = program.build(), program.build()
     wrapped = wrap(module)
-    for name, which, seed, grad in calls:
-        with torch.set_grad_enabled(grad):
-            theirs = _call(program, expected_module, expected_module, which, seed)
-            ours = _call(program, wrapped, module, which, seed)
+    for call in calls_of(program) if calls is None else calls:
+        theirs = _call(program, expected_module, expected_module, call)
+        ours = _call(program, wrapped, module, call)
+        # In the smaller dtypes, sums that cancel lose most of their digits: only gross errors can be told.
+        tolerance = 2e-2 if call.other_dtype else program.tolerance
         if values_only:
-            problems = _values_only(ours, theirs, program.tolerance)
+            problems = _values_only(ours, theirs, tolerance)
         else:
-            problems = differences(ours, theirs, tolerance=program.tolerance)
+            problems = differences(ours, theirs, tolerance=tolerance)
             fallen = [str(w.message) for w in ours.warned if w.category.__name__ == "FallbackWarning"]
             problems += [f"fell back: {text}" for text in fallen]
         if problems:
-            return Failure(program, name, which, tuple(problems))
+            return Failure(program, call, tuple(problems))
     return None
 
 
@@ -988,9 +1084,8 @@ def _values_only(ours: Observation, theirs: Observation, tolerance: float) -> li
 
 def _eager_runs(program: Program) -> Iterator[Observation]:
     module = program.build()
-    for _, which, seed, grad in CALLS:
-        with torch.set_grad_enabled(grad):
-            yield _call(program, module, module, which, seed)
+    for call in calls_of(program):
+        yield _call(program, module, module, call)
 
 
 def shrink(failure: Failure, wrap: Callable[[nn.Module], Callable[..., Any]]) -> Failure:
@@ -1076,7 +1171,7 @@ def check_against(library: str, program: Program) -> Failure | None:
 
             return call
 
-        return check(program, wrap, values_only=True, calls=CALLS[:1])
+        return check(program, wrap, values_only=True, calls=[FIRST])
     from lazy_einsum import OptimizedModule
 
     return check(program, OptimizedModule)

@@ -1,4 +1,4 @@
-"""The passes in order. Each is ``(graph) -> graph``: a new graph, the argument untouched, nothing to do the second time."""
+"""The passes in order. Each is ``(graph) -> graph``: a new graph, the argument untouched, and idempotent."""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ class Options:
     Attributes:
         optimize: the search for contraction orders, see ``make_plan``.
         memory_limit: bytes that no intermediate of a contraction may exceed.
-        reassociate: ``None`` changes the order of operations where range and exactness allow it, ``True`` in float16 as well, ``False`` only within one einsum.
+        reassociate: ``None`` changes the order of operations where range and exactness allow it, ``True`` in float16 as
+            well, ``False`` only within one einsum.
     """
 
     optimize: object = "auto"
@@ -41,4 +42,4 @@ PASSES: tuple[tuple[str, Callable[[Options], Pass]], ...] = (
     ("lower", lambda options: lower(options.reassociate)),
 )
 
-__all__ = ["PASSES", "Options", "Pass", "canonicalize", "choose_paths", "fuse_einsums", "fuse_scalars", "lower", "place_scalars"]
+__all__ = ["PASSES", "Options", "Pass"]

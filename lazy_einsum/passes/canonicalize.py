@@ -28,11 +28,13 @@ def canonicalize() -> Callable[[fx.Graph], fx.Graph]:
         einsum = torch.einsum("ab,abc->ac", x, y)
         einsum_1 = torch.einsum("ab,bcd->acd", einsum, z)
 
-    A call is left as it is where it can't be read (unknown ranks, unknown keyword arguments), where its equation is malformed (running it raises as it did), where its operands differ in dtype, where
+    A call is left as it is where it can't be read (unknown ranks, unknown keyword arguments), where its equation is
+    malformed (running it raises as it did), where its operands differ in dtype, where
     a dtype has no rule of its own, under autocast, and where autograd follows it and an operand is written later.
 
     Requires: facts, for anything that depends on a rank.
-    Ensures: text with explicit output, letters in order of appearance, no spaces, no ``...``, operands as separate arguments.
+    Ensures: text with explicit output, letters in order of appearance, no spaces, no ``...``, operands as separate
+    arguments.
     """
 
     def run(graph: fx.Graph) -> fx.Graph:
@@ -79,7 +81,10 @@ def _read_tensordot(node: fx.Node) -> _Read | None:
     types = type_of(left), type_of(right)
     if types[0] is None or types[1] is None or not isinstance(left, fx.Node) or not isinstance(right, fx.Node):
         return None
-    if not (types[0].dtype == types[1].dtype and (types[0].dtype.is_floating_point or types[0].dtype.is_complex or types[0].dtype is torch.int64)):
+    if not (
+        types[0].dtype == types[1].dtype
+        and (types[0].dtype.is_floating_point or types[0].dtype.is_complex or types[0].dtype is torch.int64)
+    ):
         return None
     ranks = len(types[0].shape), len(types[1].shape)
     pairs = _tensordot_pairs(dims, ranks)
@@ -102,7 +107,9 @@ def _tensordot_pairs(dims: Any, ranks: tuple[int, int]) -> list[tuple[int, int]]
         return [(ranks[0] - dims + number, number) for number in range(dims)]
     if not isinstance(dims, (tuple, list)) or len(dims) != 2:
         return None
-    if not all(isinstance(side, (tuple, list)) and all(type(dim) is int for dim in side) for side in dims) or len(dims[0]) != len(dims[1]):
+    if not all(isinstance(side, (tuple, list)) and all(type(dim) is int for dim in side) for side in dims) or len(
+        dims[0]
+    ) != len(dims[1]):
         return None
     if any(not -rank <= dim < rank for side, rank in zip(dims, ranks, strict=True) for dim in side):
         return None
@@ -112,7 +119,8 @@ def _tensordot_pairs(dims: Any, ranks: tuple[int, int]) -> list[tuple[int, int]]
     return pairs
 
 
-# To teach the pass another call, add a row: its target and a rule that reads it as a spec and operands, or gives None where the call is in a form that the rule does not know.
+# To teach the pass another call, add a row: its target and a rule that reads it as a spec and operands, or gives None
+# where the call is in a form that the rule does not know.
 _RULES: dict[Any, Callable[[fx.Node], _Read | None]] = {
     **dict.fromkeys(EINSUM_TARGETS, _read_torch_einsum),
     **dict.fromkeys((torch.tensordot, torch.functional.tensordot), _read_tensordot),

@@ -13,7 +13,18 @@ from ..graph import Writers, copy_graph, facts, fresh_storage, is_einsum, read_e
 from ..plan import make_plan
 
 # The dtypes in which an einsum has one dtype in any order of contraction (see fuse_einsums for the narrow integers).
-_DTYPES = frozenset({torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.complex64, torch.complex128, torch.complex32, torch.int64})
+_DTYPES = frozenset(
+    {
+        torch.float64,
+        torch.float32,
+        torch.float16,
+        torch.bfloat16,
+        torch.complex64,
+        torch.complex128,
+        torch.complex32,
+        torch.int64,
+    }
+)
 
 
 def choose_paths(
@@ -34,7 +45,9 @@ def choose_paths(
         einsum = torch.einsum("ab,bc->ac", einsum_1, z)
 
     Requires: facts; an einsum with an operand of unknown shape stays as it is, with a ``RuntimeWarning`` that names it.
-    Ensures: no einsum of more than two operands, but for those of mixed or narrow integer dtypes those under autocast, and those that autograd follows while an operand is written later; the last step of each keeps the name and the facts of the whole.
+    Ensures: no einsum of more than two operands, but for those of mixed or narrow integer dtypes those under autocast,
+    and those that autograd follows while an operand is written later; the last step of each keeps the name and the
+    facts of the whole.
 
     Args:
         optimize: see ``make_plan``.
@@ -63,14 +76,28 @@ def choose_paths(
                 continue
             known = facts(node)
             dtypes = {operand.dtype for operand in types}
-            if len(operands) < 3 or len(dtypes) > 1 or not dtypes <= _DTYPES or (known and not known.movable) or writers.hold(node):
+            if (
+                len(operands) < 3
+                or len(dtypes) > 1
+                or not dtypes <= _DTYPES
+                or (known and not known.movable)
+                or writers.hold(node)
+            ):
                 continue
             limit = element_limit if memory_limit is None else memory_limit // types[0].dtype.itemsize
             plan = make_plan(spec, [operand.shape for operand in types], optimize, limit, generic)
             values = list(operands)
             for step in plan.steps[:-1]:
                 with new.inserting_before(node):
-                    values.append(write_einsum(new, step.spec, [values[number] for number in step.operands], like=node, storage=next(storages)))
+                    values.append(
+                        write_einsum(
+                            new,
+                            step.spec,
+                            [values[number] for number in step.operands],
+                            like=node,
+                            storage=next(storages),
+                        )
+                    )
             last = plan.steps[-1]
             node.args = (str(last.spec.canonical()), *(values[number] for number in last.operands))
             node.kwargs = {}
@@ -81,7 +108,8 @@ def choose_paths(
 
 def _warn(node: fx.Node) -> None:
     warnings.warn(
-        f"einsum {node} ({node.format_node()}) has operands of unknown shape, so no contraction order is chosen for it; propagate shapes through the graph first (EfficientShapeProp)",
+        f"einsum {node} ({node.format_node()}) has operands of unknown shape, so no contraction order is chosen for "
+        "it; propagate shapes through the graph first (EfficientShapeProp)",
         RuntimeWarning,
         stacklevel=3,
     )

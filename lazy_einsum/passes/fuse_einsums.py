@@ -12,7 +12,8 @@ from ..spec import EinsumSpec
 
 _Read = tuple[EinsumSpec, tuple[fx.Node, ...]]
 
-# Narrower integers (and bool) are summed into int64 by some calls of torch.einsum and not by others, so that two calls in one may differ in dtype from one after the other.
+# Narrower integers (and bool) are summed into int64 by some calls of torch.einsum and not by others, so that two calls
+# in one may differ in dtype from one after the other.
 _DTYPES = frozenset({torch.float64, torch.float32, torch.bfloat16, torch.complex64, torch.complex128, torch.int64})
 _HALF = frozenset({torch.float16, torch.complex32})
 
@@ -29,10 +30,14 @@ def fuse_einsums(reassociate: bool | None = None) -> Callable[[fx.Graph], fx.Gra
 
         einsum_1 = torch.einsum("ab,bc,ab->a", x, y, x)
 
-    An einsum is inlined where it is used exactly once, and by an einsum; where nothing between the two writes memory that it reads (nor anything later, if autograd keeps operands); where both run in the same grad mode and outside autocast; where
-    the result has no more labels than ``torch.einsum`` takes; and where the dtype keeps range and exactness in any order (in float16 it does not).
+    An einsum is inlined where it is used exactly once, and by an einsum; where nothing between the two writes memory
+    that it reads (nor anything later, if autograd keeps operands); where both run in the same grad mode and outside
+    autocast; where
+    the result has no more labels than ``torch.einsum`` takes; and where the dtype keeps range and exactness in any
+    order (in float16 it does not).
 
-    Requires: nothing; without facts ranks are read off the equations, an ellipsis stops the pass, and operands are taken to be of one floating point dtype.
+    Requires: nothing; without facts ranks are read off the equations, an ellipsis stops the pass, and operands are
+    taken to be of one floating point dtype.
     Ensures: einsums that take part in no fusion keep their text.
 
     Args:
@@ -64,7 +69,12 @@ def fuse_einsums(reassociate: bool | None = None) -> Callable[[fx.Graph], fx.Gra
 
 
 def _inline_operands(
-    node: fx.Node, spec: EinsumSpec, operands: tuple[fx.Node, ...], read: dict[fx.Node, _Read], writers: Writers, reassociate: bool | None
+    node: fx.Node,
+    spec: EinsumSpec,
+    operands: tuple[fx.Node, ...],
+    read: dict[fx.Node, _Read],
+    writers: Writers,
+    reassociate: bool | None,
 ) -> tuple[EinsumSpec, tuple[fx.Node, ...], list[fx.Node]]:
     """The einsum ``node`` with all operands inlined that may be, and what was inlined."""
     consumed: list[fx.Node] = []
@@ -90,9 +100,11 @@ def _may_fuse(inner: fx.Node, outer: fx.Node, writers: Writers, reassociate: boo
 
 
 def _merges_broadcasts(term: str, inner: EinsumSpec) -> bool:
-    """Whether the outer einsum takes, by repeating a label in ``term``, a diagonal over dimensions of the inner result that one inner operand has both of and that another may broadcast.
+    """Whether the outer einsum takes a diagonal of dimensions that one inner operand has and another may broadcast.
 
-    ``einsum("ii->i", einsum("ij,ij->ij", x, y))`` with x of shape (3, 1) must not become ``einsum("ii,ii->i", x, y)``, as there is no diagonal of x.
+    (It takes one where ``term`` repeats a label.)
+    ``einsum("ii->i", einsum("ij,ij->ij", x, y))`` with x of shape (3, 1) must not become ``einsum("ii,ii->i", x, y)``,
+    as there is no diagonal of x.
     """
     for label in dict.fromkeys(term):
         merged = {name for name, place in zip(inner.output, term, strict=True) if place == label}

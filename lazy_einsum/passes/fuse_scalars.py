@@ -10,7 +10,19 @@ from dataclasses import dataclass, replace
 
 from torch import fx
 
-from ..graph import Writers, copy_graph, empty_like, facts, fresh_storage, is_einsum, may_require_grad, same_mode, stamp, type_of, uses
+from ..graph import (
+    Writers,
+    copy_graph,
+    empty_like,
+    facts,
+    fresh_storage,
+    is_einsum,
+    may_require_grad,
+    same_mode,
+    stamp,
+    type_of,
+    uses,
+)
 from ..scalars import ONE, Factor, Linear, dtype_of, read_linear, tensors
 
 
@@ -27,12 +39,15 @@ def fuse_scalars(reassociate: bool | None = None) -> Callable[[fx.Graph], fx.Gra
         einsum = torch.einsum("ij,jk->ik", x, y)
         mul = einsum * 1.5
 
-    A factor leaves a value only where all uses of the value are in one call that is multilinear in it, and it enters the result of that call to the power of the call's degree: squared for
-    ``einsum("ij,ik->jk", z, z)``, inverted for a denominator. It keeps its Python type, and stays where it is before a change of dtype or of grad mode, before a write to the memory that it
+    A factor leaves a value only where all uses of the value are in one call that is multilinear in it, and it enters
+    the result of that call to the power of the call's degree: squared for
+    ``einsum("ij,ik->jk", z, z)``, inverted for a denominator. It keeps its Python type, and stays where it is before a
+    change of dtype or of grad mode, before a write to the memory that it
     would then be read from, and where it could drive normal numbers out of range.
 
     Requires: nothing; without facts tensors are taken to be real floating point.
-    Ensures: same values up to rounding, exact for integers; each value that was memory of its own still is; a number that nothing is merged with stays in the form it was written in.
+    Ensures: same values up to rounding, exact for integers; each value that was memory of its own still is; a number
+    that nothing is merged with stays in the form it was written in.
 
     Args:
         reassociate: True moves factors in float16 as well; False moves none.
@@ -52,15 +67,20 @@ class _Scaled:
         core: what remains without the factor.
         factor: what was taken out.
         private: whether ``core`` lies in memory that was made for it alone and that nothing else will read.
+        as_written: whether the factor is that of one call alone.
     """
 
     core: fx.Node
     factor: Factor
     private: bool
+    as_written: bool = False
 
 
 class _Gather:
-    """One run of the pass over one graph. The old graph is read in order; ``values`` and ``scaled`` say what each of its nodes became in the new one."""
+    """One run of the pass over one graph.
+
+    The old graph is read in order; ``values`` and ``scaled`` say what each of its nodes became in the new one.
+    """
 
     def __init__(self, graph: fx.Graph, reassociate: bool | None) -> None:
         self.old = graph
@@ -78,43 +98,36 @@ class _Gather:
         for node in self.old.nodes:
             found = linear[node]
             value = self.take(node, found) if found else None
-            if value and self.may_pass_on(node, value, linear):
-                self.values[node], self.scaled[node] = value.core, value
-            elif value and found and not self.stays_as_written(found):
-                self.values[node] = self.give(node, value)
-            else:
+            if value is None:
                 self.values[node] = self.new.node_copy(node, self.values.__getitem__)
+            elif self.may_pass_on(node, value, linear):
+                self.values[node], self.scaled[node] = value.core, value
+            else:
+                self.values[node] = self.give(node, value)
         return self.new
-
-    def stays_as_written(self, linear: Linear) -> bool:
-        """Whether the call is a lone scaling with which nothing was merged."""
-        return linear.only_scales and linear.operands[0][0] not in self.scaled
 
     def take(self, node: fx.Node, linear: Linear) -> _Scaled | None:
         """``node`` with its own factor and those of its operands taken out; ``None`` where there is none to take."""
-        total, merged = linear.factor, False
         if linear.only_scales and dtype_of(linear.operands[0][0]) != dtype_of(node):
             # The number changes the dtype: integers times a float.
             return None
+        total = linear.factor
+        scaled = [operand for operand, _ in linear.operands if operand in self.scaled]
         for operand, degree in linear.operands:
-            inner = self.scaled.get(operand)
-            if inner is None:
-                continue
-            grown = total.times(inner.factor.power(degree))
-            if grown.fits(dtype_of(node), self.reassociate):
-                total, merged = grown, True
-            else:
-                # Each fits alone, their product does not.
-                self.values[operand] = self.give(operand, inner)
-                del self.scaled[operand]
+            if operand in self.scaled:
+                total = total.times(self.scaled[operand].factor.power(degree))
         if linear.only_scales:
             (operand, _), *_ = linear.operands
             inner = self.scaled.get(operand)
-            private = inner.private if inner else self.is_private(operand)
-            return _Scaled(self.values[operand], total, private)
-        if not merged:
-            return None
-        return self.without_factors(node, linear, total)
+            if inner is None:
+                return _Scaled(self.values[operand], total, self.is_private(operand), as_written=True)
+            return _Scaled(inner.core, total, inner.private)
+        if scaled and total.fits(dtype_of(node), self.reassociate):
+            return self.without_factors(node, linear, total)
+        # Each factor fits alone, but not their product.
+        for operand in dict.fromkeys(scaled):
+            self.values[operand] = self.give(operand, self.scaled.pop(operand))
+        return None
 
     def without_factors(self, node: fx.Node, linear: Linear, total: Factor) -> _Scaled:
         """The call of ``node`` on operands without their factors."""
@@ -126,7 +139,9 @@ class _Gather:
         known = facts(node)
         if known is None:
             return _Scaled(core, total, private=linear.layout == "any")
-        bases = [operand for operand, _ in linear.operands if (base := facts(operand)) and base.storage == known.storage]
+        bases = [
+            operand for operand, _ in linear.operands if (base := facts(operand)) and base.storage == known.storage
+        ]
         inner = facts(self.values[bases[0]]) if bases else None
         stamp(core, replace(known, storage=inner.storage if inner else next(self.storages)))
         return _Scaled(core, total, private=not bases)
@@ -160,13 +175,22 @@ class _Gather:
             same_layout = target.layout != "needed"
         else:
             same_layout = target.layout == "any" or scaled.stride == plain.stride
-        return same_layout and same_mode(node, user) and self.writers.allow([value.core], node, user) and not self.writers.hold(user)
+        return (
+            same_layout
+            and same_mode(node, user)
+            and self.writers.allow([value.core], node, user)
+            and not self.writers.hold(user)
+        )
 
     def give(self, node: fx.Node, value: _Scaled) -> fx.Node:
         """The value of ``node`` again, from ``value``."""
+        if value.as_written:
+            return self.new.node_copy(node, self.values.__getitem__)
         known = facts(node)
         # What is dropped must not have changed the type, nor have stood between a value and a region without grad.
-        same_type = value.factor.kind is int if known is None else may_require_grad(value.core) == may_require_grad(node)
+        same_type = (
+            value.factor.kind is int if known is None else may_require_grad(value.core) == may_require_grad(node)
+        )
         if value.factor.value == 1 and value.private and same_type:
             core = value.core
             core.meta = dict(node.meta)

@@ -10,7 +10,20 @@ from typing import NamedTuple
 import torch
 from torch import fx
 
-from ..graph import Facts, Writers, copy_graph, facts, fresh_storage, is_einsum, normal_strides, read_einsum, same_mode, stamp, type_of, uses
+from ..graph import (
+    Facts,
+    Writers,
+    copy_graph,
+    facts,
+    fresh_storage,
+    is_einsum,
+    normal_strides,
+    read_einsum,
+    same_mode,
+    stamp,
+    type_of,
+    uses,
+)
 from ..kernels import lower_plan
 from ..plan import Contraction, Plan
 from ..program import Program, Value
@@ -18,8 +31,11 @@ from ..scalars import ONE, Factor, Tensors, dtype_of, read_linear, tensors
 from ..signature import TensorType, contiguous_strides
 from ..spec import EinsumSpec, fresh_symbols
 
-# Sums of narrower integers change their dtype in torch.einsum, or not, by rules of its own; they are rare, and stay its business.
-_DTYPES = frozenset({torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.complex64, torch.complex128, torch.int64})
+# Sums of narrower integers change their dtype in torch.einsum, or not, by rules of its own; they are rare, and stay its
+# business.
+_DTYPES = frozenset(
+    {torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.complex64, torch.complex128, torch.int64}
+)
 
 
 def lower(reassociate: bool | None = None) -> Callable[[fx.Graph], fx.Graph]:
@@ -37,10 +53,13 @@ def lower(reassociate: bool | None = None) -> Callable[[fx.Graph], fx.Graph]:
         bmm = y.bmm(reshape)
         ...
 
-    Einsums that feed each other and nothing else are lowered together, so that each intermediate is laid out as the next step wants it, and so are scalings among them.
+    Einsums that feed each other and nothing else are lowered together, so that each intermediate is laid out as the
+    next step wants it, and so are scalings among them.
 
-    Requires: exact facts; einsums of at most two operands (others stay, as do those of mixed or narrow integer dtypes, those under autocast, and those that autograd follows while an operand is written later).
-    Ensures: a result has the strides that its facts say, except where only einsums use it; it is a view of an operand where it was one before, and memory of its own where it was that.
+    Requires: exact facts; einsums of at most two operands (others stay, as do those of mixed or narrow integer dtypes,
+    those under autocast, and those that autograd follows while an operand is written later).
+    Ensures: a result has the strides that its facts say, except where only einsums use it; it is a view of an operand
+    where it was one before, and memory of its own where it was that.
         The code holds for the sizes and strides in the facts only.
 
     Args:
@@ -149,7 +168,10 @@ class _Reader:
 
     def step(self, node: fx.Node, spec: EinsumSpec, operands: Sequence[fx.Node]) -> _Step:
         self.nodes.append(node)
-        taken = tuple(self.operand(node, operand, term, len(operands)) for operand, term in zip(operands, spec.inputs, strict=True))
+        taken = tuple(
+            self.operand(node, operand, term, len(operands))
+            for operand, term in zip(operands, spec.inputs, strict=True)
+        )
         return _Step(taken, spec)
 
     def operand(self, user: fx.Node, operand: fx.Node, term: str, siblings: int) -> int | _Step:
@@ -159,7 +181,12 @@ class _Reader:
             self.nodes.append(operand)
             operand, self.factor = scaled
         found = self.pair(operand) if uses(operand) == 1 and siblings == 2 and len(set(term)) == len(term) else None
-        if found is not None and len(found[1]) == 2 and same_mode(operand, self.root) and self.writers.allow(found[1], operand, self.root):
+        if (
+            found is not None
+            and len(found[1]) == 2
+            and same_mode(operand, self.root)
+            and self.writers.allow(found[1], operand, self.root)
+        ):
             spec, operands = found
             names = dict(zip(spec.output, term, strict=True))
             for label in spec.labels:
@@ -173,7 +200,14 @@ class _Reader:
         """The einsum ``node``, if it can be lowered."""
         found = read_einsum(node) if is_einsum(node) else None
         known = facts(node)
-        if found is None or known is None or not known.movable or known.type is None or len(found[1]) > 2 or self.writers.hold(node):
+        if (
+            found is None
+            or known is None
+            or not known.movable
+            or known.type is None
+            or len(found[1]) > 2
+            or self.writers.hold(node)
+        ):
             return None
         dtypes = {known.type.dtype, *(dtype_of(operand) for operand in found[1])}
         return found if len(dtypes) == 1 and dtypes <= _DTYPES else None
@@ -193,7 +227,8 @@ def _write(tree: _Tree, leaves: Sequence[fx.Node], free: bool, storages: Iterato
     """
     root, graph = tree.root, tree.root.graph
     known = facts(root)
-    assert known is not None and known.type is not None
+    assert known is not None
+    assert known.type is not None
     types = [entering for leaf in leaves if (entering := type_of(leaf))]
     number = None if tree.factor == ONE else tree.factor.number
     is_view = tree.step.spec.is_view_only and number is None
@@ -204,7 +239,9 @@ def _write(tree: _Tree, leaves: Sequence[fx.Node], free: bool, storages: Iterato
         result = _emit(graph, program, leaves, inside)
         stride = program.stride
         if order is not None and order != tuple(range(len(order))):
-            result = stamp(graph.call_method("permute", (result, tuple(order.index(dim) for dim in range(len(order))))), inside)
+            result = stamp(
+                graph.call_method("permute", (result, tuple(order.index(dim) for dim in range(len(order))))), inside
+            )
             stride = contiguous_strides([known.type.shape[dim] for dim in order])
             stride = tuple(stride[order.index(dim)] for dim in range(len(order)))
     result.meta = dict(root.meta)

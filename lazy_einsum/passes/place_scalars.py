@@ -28,7 +28,8 @@ def place_scalars(reassociate: bool | None = None) -> Callable[[fx.Graph], fx.Gr
         mul = einsum * 0.784
         einsum_1 = torch.einsum("ab,bc->ac", mul, z)
 
-    A scaling of the result of a multilinear call that nothing else uses may as well scale one operand of that call, and so on up the chain; it moves to the place with the fewest elements, if that
+    A scaling of the result of a multilinear call that nothing else uses may as well scale one operand of that call, and
+    so on up the chain; it moves to the place with the fewest elements, if that
     has fewer than where it stands. The numerator of ``number / tensor`` takes it for nothing.
 
     Requires: facts (without them, nothing moves).
@@ -47,7 +48,12 @@ def place_scalars(reassociate: bool | None = None) -> Callable[[fx.Graph], fx.Gr
         storages = itertools.count(fresh_storage(new))
         for node in list(new.nodes):
             found = read_linear(node, among)
-            if found is None or not found.only_scales or type_of(node) is None or not found.factor.fits(dtype_of(node), reassociate):
+            if (
+                found is None
+                or not found.only_scales
+                or type_of(node) is None
+                or not found.factor.fits(dtype_of(node), reassociate)
+            ):
                 continue
             best = min(_places(node, found, among, writers, reassociate), key=lambda place: place.cost)
             if best.path:
@@ -62,7 +68,8 @@ class _Place(NamedTuple):
 
     Attributes:
         cost: elements that it then multiplies.
-        path: calls from the one whose result is scaled down to the one whose operand would be; empty for where it stands.
+        path: calls from the one whose result is scaled down to the one whose operand would be; empty for where it
+            stands.
         last: what the last call of the path is.
         operand: number of its operand occurrence, ``None`` for the number in a ``number / tensor``.
     """
@@ -73,7 +80,9 @@ class _Place(NamedTuple):
     operand: int | None
 
 
-def _places(scaling: fx.Node, own: Linear, among: Tensors, writers: Writers, reassociate: bool | None) -> Iterator[_Place]:
+def _places(
+    scaling: fx.Node, own: Linear, among: Tensors, writers: Writers, reassociate: bool | None
+) -> Iterator[_Place]:
     """All places for ``scaling``, the nearest first; the first is where it stands."""
     known = type_of(scaling)
     assert known is not None
@@ -89,7 +98,11 @@ def _places(scaling: fx.Node, own: Linear, among: Tensors, writers: Writers, rea
             continue
         for number, (operand, degree) in enumerate(found.operands):
             entering = type_of(operand)
-            if entering is None or entering.dtype != known.dtype or {d for o, d in found.operands if o is operand} != {degree}:
+            if (
+                entering is None
+                or entering.dtype != known.dtype
+                or {d for o, d in found.operands if o is operand} != {degree}
+            ):
                 continue
             if degree == 1:
                 yield _Place(entering.numel, path, found, number)
@@ -119,11 +132,20 @@ def _move(scaling: fx.Node, factor: Factor, place: _Place, storages: Iterator[in
 
 
 def _restamp(
-    scaling: fx.Node, path: tuple[fx.Node, ...], before: list[Facts], source: fx.Node | None, scaled: fx.Node, storages: Iterator[int]
+    scaling: fx.Node,
+    path: tuple[fx.Node, ...],
+    before: list[Facts],
+    source: fx.Node | None,
+    scaled: fx.Node,
+    storages: Iterator[int],
 ) -> None:
-    """Facts after a move: the first call of the path now gives what ``scaling`` gave; a call that returns a view now returns one of scaled memory."""
+    """Facts after a move.
+
+    The first call of the path now gives what ``scaling`` gave; a call that returns a view returns one of scaled memory.
+    """
     outer = facts(scaling)
-    assert outer is not None and len(before) == len(path)
+    assert outer is not None
+    assert len(before) == len(path)
     storage = outer.storage
     path[0].meta = dict(scaling.meta)
     for upper, lower, node in zip(before, before[1:], path[1:], strict=False):
@@ -132,14 +154,18 @@ def _restamp(
     if source is None:
         return
     entering = facts(source)
-    assert entering is not None and entering.type is not None
+    assert entering is not None
+    assert entering.type is not None
     is_view = before[-1].storage == entering.storage
-    scaled.meta = {**source.meta, **{key: value for key, value in scaling.meta.items() if key not in ("tensor_meta", "type")}}
+    scaled.meta = {
+        **source.meta,
+        **{key: value for key, value in scaling.meta.items() if key not in ("tensor_meta", "type")},
+    }
     stamp(scaled, replace(outer, type=fresh_type(entering.type), storage=storage if is_view else next(storages)))
 
 
 def _replace_occurrence(node: fx.Node, old: fx.Node, occurrence: int, new: fx.Node) -> None:
-    """Put ``new`` in the place where ``old`` occurs for the time ``occurrence`` (from 0) among the arguments of ``node``."""
+    """Put ``new`` where ``old`` occurs for the time ``occurrence`` (from 0) among the arguments of ``node``."""
     seen = -1
 
     def change(argument: fx.Node) -> fx.Node:

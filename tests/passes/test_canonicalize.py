@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 from checks import check_pass
-from lazy_einsum.passes import canonicalize
 from torch import einsum, rand
+
+from lazy_einsum.passes.canonicalize import canonicalize
 
 run = canonicalize()
 X, Y = rand(3, 4, dtype=torch.float64), rand(4, 5, dtype=torch.float64)

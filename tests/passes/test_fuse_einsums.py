@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 from checks import check_pass, specs, traced
-from lazy_einsum.errors import EquationError
-from lazy_einsum.passes import fuse_einsums
 from torch import einsum, fx, rand
+
+from lazy_einsum.errors import EquationError
+from lazy_einsum.passes.fuse_einsums import fuse_einsums
 
 run = fuse_einsums()
 X, Y = rand(3, 4, dtype=torch.float64), rand(4, 5, dtype=torch.float64)
