@@ -1,6 +1,8 @@
-"""What a call depends on beside its arguments and its module: torch's modes. Every private function of torch that reads such state is used here only.
+"""What a call depends on beside its arguments and its module: torch's modes. Every private function of torch that reads
+such state is used here only.
 
-``bypass`` says when a call belongs to somebody else's trace or mode and must run the module as it is; ``ambient`` is the part of the key for all other calls.
+``bypass`` says when a call belongs to somebody else's trace or mode and must run the module as it is; ``ambient`` is
+the part of the key for all other calls.
 """
 
 from __future__ import annotations
@@ -14,20 +16,24 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
-from torch.overrides import _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
 
 from .signature import TensorType
 
-# There is no public way to ask how many modes are active (torch.overrides and torch.utils._python_dispatch keep their stacks in C++). These two cost 45 ns each.
+# There is no public way to ask how many modes are active (torch.overrides and torch.utils._python_dispatch keep their
+# stacks in C++). These two cost 45 ns each.
+_function_mode_stack: Callable[[], list[Any]] = torch.overrides._get_current_function_mode_stack
 function_modes: Callable[[], int] = torch._C._len_torch_function_stack
 dispatch_modes: Callable[[], int] = torch._C._len_torch_dispatch_stack
-# torch.is_autocast_enabled(device_type) is public, but asks for one kind of device at a time (127 ns each); this one asks for all of them.
+# torch.is_autocast_enabled(device_type) is public, but asks for one kind of device at a time (127 ns each); this one
+# asks for all of them.
 any_autocast: Callable[[], bool] = torch._C._is_any_autocast_enabled
 
 
 def bypass() -> str | None:
-    """Why this call must not be specialized here, or ``None``: it is being traced, compiled or transformed by somebody else."""
+    """Why this call must not be specialized here, or ``None``: it is being traced, compiled or transformed by
+    somebody else.
+    """
     if torch.compiler.is_compiling():
         return "torch.compile or torch.export is tracing"
     if torch._C._get_tracing_state() is not None:
@@ -36,7 +42,7 @@ def bypass() -> str | None:
         return "a TorchDispatchMode is active"
     if in_functorch():
         return "a torch.func transform is active"
-    if function_modes() and not all(type(mode) is DeviceContext for mode in _get_current_function_mode_stack()):
+    if function_modes() and not all(type(mode) is DeviceContext for mode in _function_mode_stack()):
         return "a TorchFunctionMode is active"
     return None
 
@@ -47,7 +53,8 @@ GLOBAL_HOOKS = (
     torch.nn.modules.module._global_backward_hooks,
     torch.nn.modules.module._global_backward_pre_hooks,
 )
-# One of torch's dictionaries each, changed in place by torch.nn.modules.module.register_module_*_hook, which are public; that any are registered is not.
+# One of torch's dictionaries each, changed in place by torch.nn.modules.module.register_module_*_hook, which are
+# public; that any are registered is not.
 
 
 def global_module_hooks() -> bool:
@@ -61,7 +68,9 @@ def in_functorch() -> bool:
 
 
 def saved_tensor_hooks() -> object:
-    """The innermost pair of saved-tensor hooks, or ``None``; ``torch.utils.checkpoint`` and ``save_on_cpu`` install such. (No public query exists.)"""
+    """The innermost pair of saved-tensor hooks, or ``None``; ``torch.utils.checkpoint`` and ``save_on_cpu``
+    install such. (No public query exists.)
+    """
     return torch._C._autograd._top_saved_tensors_default_hooks(True)
 
 
@@ -88,7 +97,7 @@ def ambient() -> tuple[tuple[str, Any], ...]:
     """
     devices: tuple[str, ...] = ()
     if function_modes():
-        devices = tuple(str(mode.device) for mode in _get_current_function_mode_stack() if type(mode) is DeviceContext)
+        devices = tuple(str(mode.device) for mode in _function_mode_stack() if type(mode) is DeviceContext)
     return (
         ("grad", torch.is_grad_enabled()),
         ("inference", torch.is_inference_mode_enabled()),
@@ -99,21 +108,33 @@ def ambient() -> tuple[tuple[str, Any], ...]:
 
 
 def inner_state() -> tuple[object, ...]:
-    """What ``forward`` may not change around single operations: compared at each of them while tracing. The grad mode, which may change, is not part of it."""
-    return (torch.is_inference_mode_enabled(), any_autocast() and autocast_state(), torch.get_default_dtype(), saved_tensor_hooks(), in_functorch())
+    """What ``forward`` may not change around single operations: compared at each of them while tracing. The grad
+    mode, which may change, is not part of it.
+    """
+    return (
+        torch.is_inference_mode_enabled(),
+        any_autocast() and autocast_state(),
+        torch.get_default_dtype(),
+        saved_tensor_hooks(),
+        in_functorch(),
+    )
 
 
 def no_modes() -> AbstractContextManager[Any]:
-    """A context in which no ``TorchDispatchMode`` is active. (Leaving each mode by hand, the public way, would have to know all that are active.)"""
+    """A context in which no ``TorchDispatchMode`` is active. (Leaving each mode by hand, the public way, would
+    have to know all that are active.)
+    """
     from torch.utils._python_dispatch import _disable_current_modes
 
     return _disable_current_modes()
 
 
 class RandomState:
-    """Keeps the random generators of torch (CPU), Python and NumPy, to find out whether code draws from them or seeds them.
+    """Keeps the random generators of torch (CPU), Python and NumPy, to find out whether code draws from them or seeds
+    them.
 
-    Until ``restore`` they hold states that no seed of the user's gives, so that seeding with the seed that is in force shows too.
+    Until ``restore`` they hold states that no seed of the user's gives, so that seeding with the seed that is in
+    force shows too.
     """
 
     def __init__(self) -> None:
@@ -130,7 +151,9 @@ class RandomState:
 
     def restore(self) -> str | None:
         """Put everything back; the name of a generator that was used in between, or ``None``."""
-        changed = [name for name, before, now in zip(_GENERATORS, self._probe, self._now(), strict=True) if before != now]
+        changed = [
+            name for name, before, now in zip(_GENERATORS, self._probe, self._now(), strict=True) if before != now
+        ]
         torch.default_generator.set_state(self._torch)
         random.setstate(self._python)
         if self._numpy is not None:
@@ -158,21 +181,27 @@ def _bytes(state: torch.Tensor) -> bytes:
 
 
 def tensor_check(types: Sequence[TensorType]) -> Callable[..., bool]:
-    """A function of ``len(types)`` objects that says whether each is a tensor of its type and no two are the same object.
+    """A function of ``len(types)`` objects that says whether each is a tensor of its type and no two are the same
+    object.
 
-    It uses torch's own C++ check (the one behind ``torch.compile``), which is private: 0.06 us a tensor, where comparing shape, dtype, device, strides and
-    ``requires_grad`` from Python, the public way, takes 0.25 us. The check covers the dispatch keys too, so it fails under autocast, inference mode and
-    ``torch.func`` where the types were made outside of them.
+    It uses torch's own C++ check (the one behind ``torch.compile``), which is private: 0.06 us a tensor, where
+    comparing shape, dtype, device, strides and ``requires_grad`` from Python, the public way, takes 0.25 us. The
+    check covers the dispatch keys too, so it fails under autocast, inference mode and ``torch.func`` where the types
+    were made outside of them.
     """
     from torch._C._dynamo.guards import TensorGuards
 
     examples = [_example(known) for known in types]
-    # Strides of dimensions of size 1, and of empty tensors, mean nothing and are left open; so TensorType leaves them out.
+    # Strides of dimensions of size 1, and of empty tensors, mean nothing and are left open; so TensorType leaves them
+    # out.
     strides = [
-        [None if size == 1 or known.numel == 0 else step for size, step in zip(known.shape, known.stride, strict=True)] for known in types
+        [None if size == 1 or known.numel == 0 else step for size, step in zip(known.shape, known.stride, strict=True)]
+        for known in types
     ]
-    guards = TensorGuards(*examples, dynamic_dims_sizes=[list(known.shape) for known in types], dynamic_dims_strides=strides)
-    check: Callable[..., bool] = guards.check
+    make: Any = TensorGuards  # its stub asks for other types than it takes
+    check: Callable[..., bool] = make(
+        *examples, dynamic_dims_sizes=[list(known.shape) for known in types], dynamic_dims_strides=strides
+    ).check
     return check
 
 

@@ -64,7 +64,7 @@ def optimize_einsums_full(
         graph = tracer.trace(model)
         root = tracer.root
     graph = copy_graph(graph)
-    EfficientShapeProp(root, graph).run(*example_inputs)
+    EfficientShapeProp(root, graph=graph).run(*example_inputs)
     for run in (
         canonicalize(),
         fuse_scalars_pass(),
@@ -209,6 +209,7 @@ class EfficientShapeProp(fx.Interpreter):
 
     Args:
         module: the graph's module.
+        garbage_collect_values: forget each value after its last use.
         graph: to interpret instead of ``module.graph``.
 
     >>> module = fx.symbolic_trace(lambda x: torch.einsum("ij,kj->ik", x, x))
@@ -217,8 +218,8 @@ class EfficientShapeProp(fx.Interpreter):
     [torch.Size([1000000, 1000000])]
     """
 
-    def __init__(self, module: nn.Module, graph: fx.Graph | None = None) -> None:
-        super().__init__(module, graph=graph)
+    def __init__(self, module: nn.Module, garbage_collect_values: bool = True, graph: fx.Graph | None = None) -> None:
+        super().__init__(module, garbage_collect_values, graph)
         self._storages: dict[int, tuple[int, Any]] = {}
         self._fake_mode = _fake_mode()
 
@@ -378,7 +379,7 @@ def _keep_layouts(root: nn.Module, graph: fx.Graph, example_inputs: Sequence[Any
     After fusing and planning, ``torch.einsum`` may lay out a result otherwise than before.
     """
     actual = copy_graph(graph)
-    EfficientShapeProp(root, actual).run(*example_inputs)
+    EfficientShapeProp(root, graph=actual).run(*example_inputs)
     new = copy_graph(graph)
     looks = any(node.op == "call_method" and node.target in _LAYOUT_METHODS for node in new.nodes)
     for node, other in zip(list(new.nodes), list(actual.nodes), strict=True):

@@ -18,6 +18,7 @@ import torch
 from torch import fx
 
 from .errors import EquationError
+from .layout import elementwise_strides
 from .signature import TensorType, contiguous_strides
 from .spec import EinsumSpec
 
@@ -118,20 +119,10 @@ def fresh_storage(graph: fx.Graph) -> int:
 
 
 def fresh_type(operand: TensorType) -> TensorType:
-    """The type of a new tensor that an elementwise call makes of ``operand``: dense, dimensions in the same order."""
-    stride = [0] * len(operand.shape)
-    step = 1
-    for dim in sorted(range(len(operand.shape)), key=lambda dim: (operand.stride[dim], -dim)):
-        stride[dim] = step
-        step *= max(operand.shape[dim], 1)
-    dense = all(size <= 1 or stride[dim] == operand.stride[dim] for dim, size in enumerate(operand.shape))
-    return replace(
-        operand,
-        stride=operand.stride if dense else normal_strides(operand.shape, stride),
-        is_leaf=not operand.requires_grad,
-        is_parameter=False,
-        is_conj=False,
-        is_neg=False,
+    """The type of a new tensor that an elementwise call makes of ``operand``."""
+    stride = normal_strides(operand.shape, elementwise_strides(operand.shape, [(operand.shape, operand.stride)]))
+    return TensorType(
+        operand.shape, operand.dtype, operand.device, stride, operand.requires_grad, is_leaf=not operand.requires_grad
     )
 
 

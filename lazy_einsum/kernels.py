@@ -368,22 +368,24 @@ def _product_way(
 ) -> _Way:
     sizes = context.sizes
     b, m, n, k = (product(group, sizes) for group in (batch + loop, rows, columns, summed))
-    batched = bool(batch or loop)
+    # torch.einsum makes all its matrix products by bmm, which refuses bool in another way than mm and dot.
+    refused = context.dtype is torch.bool
+    batched = bool(batch or loop) or refused
     naive = batched and m * n * k < cost.CPU.small_products
     # Vectors stay vectors for mv and dot, except where those would accumulate in the narrow type.
     vector = not batched and context.dtype not in _NARROW
     first = ((batch + loop,) if batched else ()) + ((rows,) if rows or not vector else ()) + (summed,)
-    second = ((batch,) if batch else ()) + (summed,) + ((columns,) if columns or not vector else ())
+    second = ((batch,) if batch or refused else ()) + (summed,) + ((columns,) if columns or not vector else ())
     seconds_x, _ = _matrix_seconds(x, first, sx, sizes, naive)
     seconds_y, strides_y = _matrix_seconds(y, second, sy, sizes, naive)
-    along = strides_y[-2] if len(second) > 1 + bool(batch) else 1
+    along = strides_y[-2] if len(second) > 1 + bool(batch or refused) else 1
     seconds = seconds_x + seconds_y + cost.product_seconds(b, m, n, k, along == 1)
     if not (context.dtype.is_floating_point or context.dtype.is_complex):
         # Products of integers run in plain loops of any size.
         seconds += b * m * n * k * 0.8e-9
     if loop:
         seconds += cost.CPU.launch
-    dims = ((batch + loop,) if batched else ()) + tuple(first[batched:-1]) + tuple(second[bool(batch) + 1 :])
+    dims = ((batch + loop,) if batched else ()) + tuple(first[batched:-1]) + tuple(second[bool(batch or refused) + 1 :])
     return _Way("product", swap, first, second, loop, contiguous_layout(dims, sizes), seconds)
 
 

@@ -1,7 +1,7 @@
 """``OptimizedModule``: the LRU of specializations and the dispatch to them; the only mutable state of the library.
 
-A call's way: ``forward`` -> the guard of the specialization used last -> the one used last for these shapes -> all that know this kind of call -> a miss:
-``specialize``, store, run. What can't be traced runs as the child itself.
+A call's way: ``forward`` -> the guard of the specialization used last -> the one used last for these shapes -> all
+that know this kind of call -> a miss: ``specialize``, store, run. What can't be traced runs as the child itself.
 """
 
 from __future__ import annotations
@@ -23,12 +23,13 @@ from torch import nn
 
 from . import ambient as ambient_module
 from .errors import CacheThrashWarning, FallbackWarning, LazyEinsumError, UntraceableError
+from .live import LiveCallChanged
 from .passes import Options
 from .plan import check_optimize
+from .recorder import Trace
 from .report import Report
 from .signature import Arguments, Signature
 from .specialize import Specialization, Stage, specialize
-from .tracing import LiveCallChanged, Trace
 from .verify import Verifier
 
 logger = logging.getLogger("lazy_einsum")
@@ -37,13 +38,17 @@ _disabled = os.environ.get("LAZY_EINSUM_DISABLE", "") not in ("", "0")
 _is_compiling = torch.compiler.is_compiling
 _function_modes = ambient_module.function_modes
 
-_LIBRARIES = (os.path.dirname(os.path.abspath(__file__)) + os.sep, os.path.dirname(os.path.abspath(torch.__file__)) + os.sep)
+_LIBRARIES = (
+    os.path.dirname(os.path.abspath(__file__)) + os.sep,
+    os.path.dirname(os.path.abspath(torch.__file__)) + os.sep,
+)
 _ON_UNTRACEABLE = ("warn", "raise", "ignore")
 
 
 @contextlib.contextmanager
 def disabled() -> Iterator[None]:
-    """Run children as they are, in all threads, until the end of the ``with`` block. (``LAZY_EINSUM_DISABLE=1`` does so for a whole process.)
+    """Run children as they are, in all threads, until the end of the ``with`` block. (``LAZY_EINSUM_DISABLE=1`` does so
+    for a whole process.)
 
     >>> with disabled():
     ...     OptimizedModule(torch.nn.Identity())(3)
@@ -85,7 +90,9 @@ Kind = tuple[Arguments, tuple[tuple[str, Any], ...]]
 
 
 class _Specializations(LRUCache[Signature, Specialization]):
-    """The LRU, with an index from kinds of calls to their specializations (several, where the module's own state differs), and its statistics."""
+    """The LRU, with an index from kinds of calls to their specializations (several, where the module's own state
+    differs), and its statistics.
+    """
 
     def __init__(self, maxsize: int) -> None:
         super().__init__(maxsize)
@@ -125,25 +132,42 @@ class _Specializations(LRUCache[Signature, Specialization]):
             del self.recent[shapes]
 
 
-_OWN = ("module", "_options", "_is_leaf", "_cache", "_lock", "_last", "_clock", "_on_untraceable", "_verify", "_settings", "_warned")
+_OWN = (
+    "module",
+    "_options",
+    "_is_leaf",
+    "_cache",
+    "_lock",
+    "_last",
+    "_clock",
+    "_on_untraceable",
+    "_verify",
+    "_settings",
+    "_warned",
+)
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 class OptimizedModule(nn.Module):
-    """Wraps a module; traces it at the first call, optimizes all its einsums for the shapes that come, caches the result by signature.
+    """Wraps a module; traces it at the first call, optimizes all its einsums for the shapes that come, caches the
+    result by signature.
 
-    Outputs, gradients, side effects on inputs and buffers, random numbers and errors are those of the module itself, up to rounding of reordered sums. It can be
-    used in the module's place: same ``state_dict``, same parameters, same attributes.
+    Outputs, gradients, side effects on inputs and buffers, random numbers and errors are those of the module itself,
+    up to rounding of reordered sums. It can be used in the module's place: same ``state_dict``, same parameters, same
+    attributes.
 
     Args:
         module: an ``nn.Module``, or any callable on tensors.
         maxsize: bound on the number of specializations; the least recently used is dropped.
-        optimize: how to find contraction orders: ``"auto"``, or what ``opt_einsum.contract_path`` takes (a name, a ``PathOptimizer``, a callable).
+        optimize: how to find contraction orders: ``"auto"``, or what ``opt_einsum.contract_path`` takes (a name, a
+            ``PathOptimizer``, a callable).
         memory_limit: no intermediate of a contraction is larger: bytes, or text as ``"512MiB"``.
         backend: what runs the optimized code; ``"eager"``.
-        on_untraceable: what to do with a call that can't be traced, after which the child runs as it is: ``"warn"`` (once for each reason), ``"ignore"``, or ``"raise"``.
+        on_untraceable: what to do with a call that can't be traced, after which the child runs as it is: ``"warn"``
+            (once for each reason), ``"ignore"``, or ``"raise"``.
         leaf_modules: types or qualified names of submodules that stay live calls and are not traced through.
-        reassociate: ``None``: products are reordered except in float16; ``True``: float16 too; ``False``: only within one einsum call.
+        reassociate: ``None``: products are reordered except in float16; ``True``: float16 too; ``False``: only within
+            one einsum call.
         frozen: names of parameters and buffers that will not change (not supported yet).
         verify: whether the first call of each signature also runs the module itself and compares.
 
@@ -217,7 +241,8 @@ class OptimizedModule(nn.Module):
         self.__dict__.update((name, value) for name, value in nn.Module().__dict__.items() if name != "training")
         self.__dict__.update(own)
         if isinstance(module, nn.Module):
-            # The child's own tables: the same state_dict, parameters and submodules under the same names, also after something is assigned.
+            # The child's own tables: the same state_dict, parameters and submodules under the same names, also after
+            # something is assigned.
             for table in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
                 self.__dict__[table] = module.__dict__[table]
 
@@ -242,7 +267,9 @@ class OptimizedModule(nn.Module):
         return self._dispatch(child, args, kwargs)
 
     def _dispatch(self, child: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """All but the shortest way: another specialization than last time, hooks of the child, somebody else's trace, a miss."""
+        """All but the shortest way: another specialization than last time, hooks of the child, somebody else's
+        trace, a miss.
+        """
         shapes = tuple([value.shape if isinstance(value, torch.Tensor) else None for value in args])
         recent = self._cache.recent.get(shapes)
         if recent is not None:
@@ -253,13 +280,19 @@ class OptimizedModule(nn.Module):
             return child(*args, **kwargs)
         if isinstance(child, nn.Module):
             if child._compiled_call_impl is not None:
-                return self._fall_back(child, args, kwargs, UntraceableError("the module is compiled (module.compile())"), None)
+                return self._fall_back(
+                    child, args, kwargs, UntraceableError("the module is compiled (module.compile())"), None
+                )
             if any(child.__dict__[hooks] for hooks in _HOOKS) or ambient_module.global_module_hooks():
                 return self._with_hooks(child, args, kwargs)
         return self._call(child, args, kwargs, shapes)
 
-    def _call(self, child: Any, args: tuple[Any, ...], kwargs: dict[str, Any], shapes: Any = None, hooked: bool = False) -> Any:
-        """Look the call up by its signature; build on a miss. (``hooked``: the child's own hooks are being run around this call.)"""
+    def _call(
+        self, child: Any, args: tuple[Any, ...], kwargs: dict[str, Any], shapes: Any = None, hooked: bool = False
+    ) -> Any:
+        """Look the call up by its signature; build on a miss. (``hooked``: the child's own hooks are being run
+        around this call.)
+        """
         eager = child.forward if hooked else child
         try:
             arguments, _ = Arguments.of(args, kwargs)
@@ -297,14 +330,18 @@ class OptimizedModule(nn.Module):
             return self._changed(entry, failure, args, kwargs, refused_key)
         return self._fall_back(eager, args, kwargs, failure, refused_key)
 
-    def _find(self, child: Any, kind: Kind, args: tuple[Any, ...], kwargs: dict[str, Any], hooked: bool) -> tuple[Specialization | None, Any]:
+    def _find(
+        self, child: Any, kind: Kind, args: tuple[Any, ...], kwargs: dict[str, Any], hooked: bool
+    ) -> tuple[Specialization | None, Any]:
         for entry in tuple(self._cache.kinds.get(kind, ())):
             values = entry.guard(child, args, kwargs, hooked)
             if values is not None:
                 return entry, values
         return None, None
 
-    def _hit(self, entry: Specialization, values: tuple[Any, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _hit(
+        self, entry: Specialization, values: tuple[Any, ...], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
         with self._lock:
             entry.hits += 1
             self._touch(entry)
@@ -324,7 +361,14 @@ class OptimizedModule(nn.Module):
             if shapes is not None and entry.signature in self._cache:
                 self._cache.recent[shapes] = entry
 
-    def _changed(self, entry: Specialization, error: LiveCallChanged, args: tuple[Any, ...], kwargs: dict[str, Any], key: Any = None) -> Any:
+    def _changed(
+        self,
+        entry: Specialization,
+        error: LiveCallChanged,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        key: Any = None,
+    ) -> Any:
         """A live call gave another type than the trace foresaw: drop the entry, run the child."""
         with self._lock:
             self._cache.drop(entry)
@@ -333,14 +377,24 @@ class OptimizedModule(nn.Module):
         return self._fall_back(self.module, args, kwargs, error, key)
 
     def _build(
-        self, child: Any, arguments: Arguments, on_stage: Callable[[Stage, Trace], None] | None = None, overlapping: bool = False
+        self,
+        child: Any,
+        arguments: Arguments,
+        on_stage: Callable[[Stage, Trace], None] | None = None,
+        overlapping: bool = False,
     ) -> Specialization:
         cache = self._cache
         cache.misses += not overlapping  # for these it is the second attempt of one call
         entry = specialize(child, arguments, self._options, self._is_leaf, on_stage, overlapping)
         cache.build_seconds += entry.build_seconds
         if logger.isEnabledFor(logging.INFO):
-            logger.info("%s: miss for %s: %s; built in %.1f ms", type(child).__name__, entry.signature, self._reason(entry.signature), entry.build_seconds * 1e3)
+            logger.info(
+                "%s: miss for %s: %s; built in %.1f ms",
+                type(child).__name__,
+                entry.signature,
+                self._reason(entry.signature),
+                entry.build_seconds * 1e3,
+            )
         return entry
 
     def _reason(self, signature: Signature) -> str:
@@ -362,14 +416,19 @@ class OptimizedModule(nn.Module):
         if not cache.warned and cache.evictions >= cache.maxsize and 2 * cache.evictions >= cache.misses:
             cache.warned = True
             warnings.warn(
-                f"{cache.evictions} of {cache.misses} specializations of {type(self.module).__name__} were evicted before they could be used again; "
+                f"{cache.evictions} of {cache.misses} specializations of {type(self.module).__name__} were evicted "
+                "before they could be used again; "
                 f"raise maxsize (now {int(cache.maxsize)}), or have fewer different shapes come",
                 CacheThrashWarning,
                 stacklevel=_users_stacklevel(),
             )
 
-    def _fall_back(self, child: Any, args: tuple[Any, ...], kwargs: dict[str, Any], error: UntraceableError | None, key: Any) -> Any:
-        """Run the child itself. If that raises too, the error is the user's: it is no fall-back, and nothing is remembered."""
+    def _fall_back(
+        self, child: Any, args: tuple[Any, ...], kwargs: dict[str, Any], error: UntraceableError | None, key: Any
+    ) -> Any:
+        """Run the child itself. If that raises too, the error is the user's: it is no fall-back, and nothing is
+        remembered.
+        """
         if error is not None and self._on_untraceable == "raise":
             raise error
         result = child(*args, **kwargs)
@@ -385,33 +444,51 @@ class OptimizedModule(nn.Module):
         if new:
             logger.info("%s runs as it is: %s", type(child).__name__, reason)
             if self._on_untraceable == "warn":
-                warnings.warn(f"{type(child).__name__} runs as it is, not optimized: {reason}", FallbackWarning, stacklevel=_users_stacklevel())
+                warnings.warn(
+                    f"{type(child).__name__} runs as it is, not optimized: {reason}",
+                    FallbackWarning,
+                    stacklevel=_users_stacklevel(),
+                )
         return result
 
     def _with_hooks(self, child: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call a child that has hooks of its own: torch runs them, around the specialized ``forward``.
 
-        They see a stand-in of the child's class with the child's own attributes, because ``forward`` can't be replaced in the child itself: other threads would see it.
+        They see a stand-in of the child's class with the child's own attributes, because ``forward`` can't be
+        replaced in the child itself: other threads would see it.
         """
         if ambient_module.global_module_hooks():
-            return self._fall_back(child, args, kwargs, UntraceableError("global module hooks are registered, which fire for each submodule"), None)
+            return self._fall_back(
+                child,
+                args,
+                kwargs,
+                UntraceableError("global module hooks are registered, which fire for each submodule"),
+                None,
+            )
         if "forward" in child.__dict__:
-            return self._fall_back(child, args, kwargs, UntraceableError("the module has hooks, and a forward of its own instance"), None)
+            return self._fall_back(
+                child, args, kwargs, UntraceableError("the module has hooks, and a forward of its own instance"), None
+            )
         kind = type(child)
 
         def forward(stand_in: Any, *args: Any, **kwargs: Any) -> Any:
             return self._call(child, args, kwargs, hooked=True)
 
-        stand_in_class = type(kind.__name__, (kind,), {"forward": forward, "__module__": kind.__module__, "__qualname__": kind.__qualname__})
-        stand_in = kind.__new__(stand_in_class)
+        stand_in_class = type(
+            kind.__name__,
+            (kind,),
+            {"forward": forward, "__module__": kind.__module__, "__qualname__": kind.__qualname__},
+        )
+        stand_in: nn.Module = kind.__new__(stand_in_class)
         object.__setattr__(stand_in, "__dict__", child.__dict__)
         return nn.Module.__call__(stand_in, *args, **kwargs)
 
     # -- inspection
 
     def prepare(self, *args: Any, **kwargs: Any) -> Specialization:
-        """Build the specialization for these arguments without running it. Only the types of the arguments are looked at, so tensors on ``device="meta"`` do for shapes,
-        but stand for the device ``meta``; ``torch.empty`` of the right device costs no time either.
+        """Build the specialization for these arguments without running it. Only the types of the arguments are looked
+        at, so tensors on ``device="meta"`` do for shapes, but stand for the device ``meta``; ``torch.empty`` of the
+        right device costs no time either.
 
         Raises:
             UntraceableError: the call can't be traced.
@@ -426,7 +503,9 @@ class OptimizedModule(nn.Module):
         return entry
 
     def explain(self, *args: Any, **kwargs: Any) -> Report:
-        """What is done for a call with these arguments (as ``prepare``, which it calls), or, without arguments, for all specializations so far."""
+        """What is done for a call with these arguments (as ``prepare``, which it calls), or, without arguments,
+        for all specializations so far.
+        """
         entries = [self.prepare(*args, **kwargs)] if args or kwargs else list(self.specializations.values())
         return Report(type(self.module).__name__, self.cache_info(), entries, tuple(self._warned))
 
@@ -435,7 +514,15 @@ class OptimizedModule(nn.Module):
         cache = self._cache
         with self._lock:
             hits = cache.past_hits + sum(entry.hits for entry in cache.values())
-            return CacheInfo(hits, cache.misses, int(cache.maxsize), len(cache), cache.evictions, cache.fallbacks, cache.build_seconds)
+            return CacheInfo(
+                hits,
+                cache.misses,
+                int(cache.maxsize),
+                len(cache),
+                cache.evictions,
+                cache.fallbacks,
+                cache.build_seconds,
+            )
 
     def cache_clear(self) -> None:
         """Drop all specializations and set the statistics to zero."""
@@ -448,7 +535,9 @@ class OptimizedModule(nn.Module):
     def specializations(self) -> Mapping[Signature, Specialization]:
         """Read-only: signature -> specialization, least recently used first."""
         with self._lock:
-            return MappingProxyType({entry.signature: entry for entry in sorted(self._cache.values(), key=lambda entry: entry.used)})
+            return MappingProxyType(
+                {entry.signature: entry for entry in sorted(self._cache.values(), key=lambda entry: entry.used)}
+            )
 
     @property
     def code(self) -> str:
@@ -464,7 +553,7 @@ class OptimizedModule(nn.Module):
     # -- in the child's place
 
     @property
-    def training(self) -> bool:  # type: ignore[override]
+    def training(self) -> bool:
         """The child's mode."""
         return bool(getattr(self.module, "training", True))
 
@@ -487,15 +576,21 @@ class OptimizedModule(nn.Module):
 
     def _apply(self, fn: Any, recurse: bool = True) -> OptimizedModule:
         if isinstance(self.module, nn.Module):
-            self.module._apply(fn, recurse)
+            self.module._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return self
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """The child's."""
-        return self.module.state_dict(*args, **kwargs) if isinstance(self.module, nn.Module) else super().state_dict(*args, **kwargs)
+        return (
+            self.module.state_dict(*args, **kwargs)
+            if isinstance(self.module, nn.Module)
+            else super().state_dict(*args, **kwargs)
+        )
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """As the child's; prefixes ``module.`` and ``_orig_mod.`` of other wrappers, where all keys have them, are taken off."""
+        """As the child's; prefixes ``module.`` and ``_orig_mod.`` of other wrappers, where all keys have them, are
+        taken off.
+        """
         for prefix in ("module.", "_orig_mod."):
             if state_dict and all(key.startswith(prefix) for key in state_dict):
                 own = self.module.state_dict() if isinstance(self.module, nn.Module) else {}
@@ -511,7 +606,8 @@ class OptimizedModule(nn.Module):
 
     def __getattr__(self, name: str) -> Any:
         try:
-            # First as any module: the tables are shared with the child (and a trace's stand-in of this wrapper finds all of its attributes there).
+            # First as any module: the tables are shared with the child (and a trace's stand-in of this wrapper finds
+            # all of its attributes there).
             return super().__getattr__(name)
         except AttributeError:
             if name in _OWN:
@@ -529,7 +625,7 @@ class OptimizedModule(nn.Module):
         delattr(self.module, name)
 
     def __dir__(self) -> list[str]:
-        return sorted({*super().__dir__(), *dir(self.module)})
+        return sorted({*dir(type(self)), *self.__dict__, *dir(self.module)})
 
     def __len__(self) -> int:
         return len(self.module)
@@ -551,8 +647,16 @@ class OptimizedModule(nn.Module):
         return f"{type(self).__name__}(\n  {inner}\n)"
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        hooks = {table: self.__dict__[table] for table in _INTERNALS if isinstance(self.__dict__.get(table), dict) and self.__dict__[table]}
-        return _rebuild, (self.module, self._settings, {table: value for table, value in hooks.items() if table.endswith("hooks")})
+        hooks = {
+            table: self.__dict__[table]
+            for table in _INTERNALS
+            if isinstance(self.__dict__.get(table), dict) and self.__dict__[table]
+        }
+        return _rebuild, (
+            self.module,
+            self._settings,
+            {table: value for table, value in hooks.items() if table.endswith("hooks")},
+        )
 
 
 _INTERNALS = frozenset(nn.Module().__dict__) | {"training"}
@@ -585,7 +689,17 @@ def _bytes(limit: int | str | None) -> int | None:
     """``"512MiB"`` in bytes."""
     if limit is None or (isinstance(limit, int) and not isinstance(limit, bool) and limit > 0):
         return limit
-    units = {"B": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
+    units = {
+        "B": 1,
+        "kB": 10**3,
+        "MB": 10**6,
+        "GB": 10**9,
+        "TB": 10**12,
+        "KiB": 2**10,
+        "MiB": 2**20,
+        "GiB": 2**30,
+        "TiB": 2**40,
+    }
     if isinstance(limit, str):
         for unit in sorted(units, key=len, reverse=True):
             number = limit.strip().removesuffix(unit).strip()

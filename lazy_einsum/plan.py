@@ -7,6 +7,7 @@ only one operand has are dropped. Then labels are bits, an operand is an integer
 
 from __future__ import annotations
 
+import copy
 import heapq
 import math
 import random
@@ -16,6 +17,7 @@ from functools import lru_cache
 from typing import Any
 
 import opt_einsum
+from opt_einsum.path_random import RandomOptimizer
 from opt_einsum.paths import get_path_fn
 
 from .cost import flop_count, pair_seconds
@@ -249,7 +251,7 @@ def _steps(
         else:
             here = dict(zip(a, a_shape, strict=True))
             for label, size in zip(b, b_shape, strict=True):
-                here[label] = max(here.get(label, 1), size) if size else 0
+                here[label] = size if here.get(label, 1) == 1 else here[label]
             kept = [
                 label
                 for label in dict.fromkeys(a + b)
@@ -832,7 +834,9 @@ def check_optimize(optimize: object) -> None:
     try:
         get_path_fn(optimize)
     except KeyError:
-        raise ValueError(f"optimize={optimize!r} is not a strategy; expected 'auto' or a name that opt_einsum.contract_path takes") from None
+        raise ValueError(
+                f"optimize={optimize!r} is not a strategy; expected 'auto' or a name that opt_einsum.contract_path takes"
+            ) from None
 
 
 def _foreign(network: _Network, optimize: Optimize, limit: float) -> tuple[str, Path]:
@@ -841,13 +845,15 @@ def _foreign(network: _Network, optimize: Optimize, limit: float) -> tuple[str, 
     if isinstance(optimize, str):
         try:
             function = get_path_fn(optimize)
-        except KeyError:
-            known = ", ".join(sorted(opt_einsum.paths._PATH_OPTIONS))
-            raise LazyEinsumError(f"optimize={optimize!r} is not a strategy; expected one of {known}") from None
+        except KeyError as error:
+            raise LazyEinsumError(f"optimize={optimize!r} is not a strategy: {error.args[0]}") from None
         return optimize, _to_pairs(network, _call_foreign(network, function, None if limit == math.inf else int(limit)))
     if not callable(optimize):
         return "the given path", _to_pairs(network, optimize)
     name = getattr(optimize, "__name__", type(optimize).__name__)
+    if isinstance(optimize, RandomOptimizer):
+        # One that has searched refuses every other contraction; a fresh copy for each also makes them independent.
+        optimize = copy.deepcopy(optimize)
     return name, _to_pairs(network, _call_foreign(network, optimize, None if limit == math.inf else int(limit)))
 
 

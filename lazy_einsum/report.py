@@ -30,7 +30,8 @@ class Report:
     def __str__(self) -> str:
         cache = self.cache
         lines = [
-            f"{self.name}: {cache.currsize} of at most {cache.maxsize} specializations; {cache.hits} hits, {cache.misses} misses, "
+            f"{self.name}: {cache.currsize} of at most {cache.maxsize} specializations; {cache.hits} hits, "
+            f"{cache.misses} misses, "
             f"{cache.evictions} evictions, {cache.fallbacks} fall-backs; {cache.build_seconds:.3f} s building"
         ]
         lines += [f"runs as it is: {reason}" for reason in self.reasons]
@@ -53,7 +54,13 @@ class Report:
                     "hits": entry.hits,
                     "build_seconds": entry.build_seconds,
                     "plans": [
-                        {"equation": str(plan.spec), "flops": int(plan.flops), "naive_flops": int(plan.naive_flops), "optimizer": str(plan.optimizer)} for plan in entry.plans
+                        {
+                            "equation": str(plan.spec),
+                            "flops": int(plan.flops),
+                            "naive_flops": int(plan.naive_flops),
+                            "optimizer": str(plan.optimizer),
+                        }
+                        for plan in entry.plans
                     ],
                     "stages": dict(entry.stages),
                 }

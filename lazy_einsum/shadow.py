@@ -1,9 +1,11 @@
-"""The shadow: a stand-in for the user's module, whose tensors are fake and which notes everything that ``forward`` reads of it.
+"""The shadow: a stand-in for the user's module, whose tensors are fake and which notes everything that ``forward``
+reads of it.
 
-A shadow has the module's own class, so the user's ``forward`` runs on it as it is; nothing it does reaches the live module. Reads are seen without touching the
-class: the instance dictionary is left without the plain attributes, so Python falls back to ``nn.Module.__getattr__``, which looks into ``_parameters``; and
-that is a dictionary of ours. (A subclass with ``__getattribute__`` was rejected: ``type(self) is Layer`` would change. A deep copy was rejected: it fails on
-locks, generators and lazy modules, copies a trainer's whole state, and shows no reads.)
+A shadow has the module's own class, so the user's ``forward`` runs on it as it is; nothing it does reaches the live
+module. Reads are seen without touching the class: the instance dictionary is left without the plain attributes, so
+Python falls back to ``nn.Module.__getattr__``, which looks into ``_parameters``; and that is a dictionary of ours. (A
+subclass with ``__getattribute__`` was rejected: ``type(self) is Layer`` would change. A deep copy was rejected: it
+fails on locks, generators and lazy modules, copies a trainer's whole state, and shows no reads.)
 """
 
 from __future__ import annotations
@@ -32,6 +34,15 @@ MAX_ITEMS = 10_000
 _INTERNAL = frozenset(nn.Module().__dict__) - {"training"}
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
+_REFERENCES = (
+    types.FunctionType,
+    types.BuiltinFunctionType,
+    types.ModuleType,
+    type,
+    torch._ops.OpOverload,
+    torch._ops.OpOverloadPacket,
+)
+
 Fake = Callable[[torch.Tensor, TensorType, Path], torch.Tensor]
 LiveCall = Callable[[nn.Module, nn.Module, Path, str], Callable[..., Any]]
 
@@ -41,7 +52,8 @@ class Shadows:
 
     Args:
         fake: makes the fake for a live tensor that is read at a path.
-        live_call: makes the stand-in for calling a submodule that stays a live call: ``(live module, its shadow, path, reason) -> callable``.
+        live_call: makes the stand-in for calling a submodule that stays a live call: ``(live module, its shadow,
+            path, reason) -> callable``.
         is_leaf: whether the user asked for the submodule (given with its qualified name) to stay a live call.
     """
 
@@ -50,8 +62,12 @@ class Shadows:
         self._fake = fake
         self._live_call = live_call
         self._is_leaf = is_leaf
-        self._seen: dict[int, tuple[Any, Any, Path]] = {}  # id -> (live object, its stand-in, path); keeps both alive, so that no id is used again
-        self._originals: list[tuple[Any, Any, Path]] = []  # (stand-in, what it held when it was made, path), to find side effects
+        self._seen: dict[
+            int, tuple[Any, Any, Path]
+        ] = {}  # id -> (live object, its stand-in, path); keeps both alive, so that no id is used again
+        self._originals: list[
+            tuple[Any, Any, Path]
+        ] = []  # (stand-in, what it held when it was made, path), to find side effects
         self._outer: dict[Outer, Any] = {}
         self._classes: set[type] = set()
         self._changed: str | None = None
@@ -92,13 +108,16 @@ class Shadows:
         own = shadow.__dict__
         for key in _INTERNAL:
             if key in live.__dict__:
-                own[key] = type(live.__dict__[key])() if isinstance(live.__dict__[key], (dict, set)) else live.__dict__[key]
+                own[key] = (
+                    type(live.__dict__[key])() if isinstance(live.__dict__[key], (dict, set)) else live.__dict__[key]
+                )
         tables = ("_parameters", "_buffers", "_modules")
         for table in tables:
             own[table] = _Table(self, live, path, table)
         for key, value in live.__dict__.items():
             if key not in _INTERNAL and key != "_compiled_call_impl" and hasattr(kind, key):
-                # A class attribute of this name would be found before __getattr__ is asked: so it has to lie in the instance, read or not.
+                # A class attribute of this name would be found before __getattr__ is asked: so it has to lie in the
+                # instance, read or not.
                 own[key] = self.lift(value, (*path, ("attribute", key)))
         if reason is not None:
             own["_compiled_call_impl"] = self._live_call(live, shadow, path, reason)
@@ -117,7 +136,9 @@ class Shadows:
         return shadow
 
     def _why_live(self, live: nn.Module, path: Path) -> str | None:
-        """Why the submodule stays a live call, or ``None`` where it is traced through. The child itself is always traced."""
+        """Why the submodule stays a live call, or ``None`` where it is traced through. The child itself is always
+        traced.
+        """
         if not path:
             return None
         if self._is_leaf(live, path_name(path)):
@@ -147,9 +168,7 @@ class Shadows:
             stand_in = self._tensor(value, path)
         elif isinstance(value, types.MethodType) and isinstance(value.__self__, nn.Module):
             raise UntraceableError(f"self.{path_name(path)} is a method bound to a module")
-        elif isinstance(value, (types.FunctionType, types.BuiltinFunctionType, types.ModuleType, type)) or isinstance(
-            value, (torch._ops.OpOverload, torch._ops.OpOverloadPacket)
-        ):
+        elif isinstance(value, _REFERENCES):
             self.note(path, Reference(value))
             if isinstance(value, types.FunctionType):
                 self.read_outer(read_by_function(value))
@@ -179,8 +198,9 @@ class Shadows:
                 self.lift(value, path)
 
     def restore_outer(self, report: bool = True) -> str | None:
-        """Undo what ``forward`` did to globals, enclosing variables and class attributes; the name of one that it changed (now or, unless ``report`` was false, at
-        an earlier call), or ``None``."""
+        """Undo what ``forward`` did to globals, enclosing variables and class attributes; the name of one that it
+        changed (now or, unless ``report`` was false, at an earlier call), or ``None``.
+        """
         changed = None
         for start, (value, before) in self._outer.items():
             if start.get() is not value:
@@ -221,18 +241,23 @@ class Shadows:
             self._originals.append((stand_in, list(items), path))
         elif kind in (dict, OrderedDict):
             if len(value) > MAX_ITEMS or not all(is_constant(key) for key in value):
-                raise UntraceableError(f"{name} is a {kind.__name__} with keys that are not plain data, or more than {MAX_ITEMS}")
+                raise UntraceableError(
+                    f"{name} is a {kind.__name__} with keys that are not plain data, or more than {MAX_ITEMS}"
+                )
             self.note(path, Container(kind, tuple(value)))
             stand_in = kind((key, self.lift(item, (*path, ("item", key)))) for key, item in value.items())
             self._originals.append((stand_in, dict(stand_in), path))
         elif _is_plain_object(value):
             self.note(path, Container(kind, tuple(value.__dict__)))
             stand_in = object.__new__(kind)
-            stand_in.__dict__.update((key, self.lift(item, (*path, ("attribute", key)))) for key, item in value.__dict__.items())
+            stand_in.__dict__.update(
+                (key, self.lift(item, (*path, ("attribute", key)))) for key, item in value.__dict__.items()
+            )
             self._originals.append((stand_in.__dict__, dict(stand_in.__dict__), path))
         else:
             raise UntraceableError(
-                f"forward reads {name}, a {kind.__module__}.{kind.__qualname__}; expected tensors, modules, plain data, functions, and lists, tuples and dicts of them"
+                f"forward reads {name}, a {kind.__module__}.{kind.__qualname__}; expected tensors, modules, plain "
+                "data, functions, and lists, tuples and dicts of them"
             )
         self._seen[id(value)] = (value, stand_in, path)
         return stand_in
@@ -242,15 +267,23 @@ class Shadows:
         return any(path[: len(live)] == live for live in self._live)
 
     def side_effect(self) -> str | None:
-        """What ``forward`` changed in the shadow, in words, or ``None``. What happens inside of live calls is theirs."""
+        """What ``forward`` changed in the shadow, in words, or ``None``. What happens inside of live calls is
+        theirs.
+        """
         for stand_in, original, path in self._originals:
             if self.is_live(path):
                 continue
             name = f"self.{path_name(path)}" if path else "the module"
             if isinstance(stand_in, dict):
-                changed = [key for key in {**original, **stand_in} if stand_in.get(key, self) is not original.get(key, self)]
+                changed = [
+                    key for key in {**original, **stand_in} if stand_in.get(key, self) is not original.get(key, self)
+                ]
                 if changed:
-                    return f"forward sets {name}.{changed[0]}" if isinstance(changed[0], str) else f"forward changes {name}"
+                    return (
+                        f"forward sets {name}.{changed[0]}"
+                        if isinstance(changed[0], str)
+                        else f"forward changes {name}"
+                    )
                 tables = [value for value in stand_in.values() if isinstance(value, _Table)]
                 if any(table.changed for table in tables):
                     return f"forward sets a parameter, buffer or submodule of {name}"
@@ -272,7 +305,8 @@ class Shadows:
 class _Table(dict[str, Any]):
     """``_parameters``, ``_buffers`` or ``_modules`` of a shadow; stand-ins are made when they are asked for.
 
-    The one in the place of ``_parameters`` also serves the module's plain attributes, to ``nn.Module.__getattr__`` only (iteration does not show them).
+    The one in the place of ``_parameters`` also serves the module's plain attributes, to ``nn.Module.__getattr__``
+    only (iteration does not show them).
     """
 
     def __init__(self, shadows: Shadows, live: nn.Module, path: Path, table: str) -> None:
@@ -309,7 +343,7 @@ class _Table(dict[str, Any]):
         return super().__getitem__(name)
 
     def get(self, name: str, default: Any = None) -> Any:
-        return self[name] if name in self else default
+        return self[name] if name in self else default  # noqa: SIM401 - this is get
 
     def _all(self) -> tuple[str, ...]:
         self._shadows.note(self._path, Names(self._table, self._names), f" {self._table}")
@@ -345,14 +379,16 @@ class _Table(dict[str, Any]):
     def __delitem__(self, name: str) -> None:
         self.changed = True
 
-    def pop(self, *args: Any) -> Any:
-        raise UntraceableError(f"forward removes an entry of {path_name(self._path) or 'the module'}.{self._table}")
+    def _refuse(self, *args: Any, **kwargs: Any) -> Any:
+        raise UntraceableError(f"forward changes {path_name(self._path) or 'the module'}.{self._table}")
 
-    popitem = clear = update = setdefault = pop
+    pop = popitem = clear = update = setdefault = _refuse
 
 
 class _Hooks(OrderedDict[int, Any]):
-    """An empty table of hooks that notes that it was looked at: the module was called. (A module with hooks stays a live call.)"""
+    """An empty table of hooks that notes that it was looked at: the module was called. (A module with hooks stays
+    a live call.)
+    """
 
     def __init__(self, shadows: Shadows, live: nn.Module, path: Path, table: str) -> None:
         super().__init__()
@@ -376,15 +412,21 @@ def _same_items(first: list[Any] | dict[Any, Any], second: list[Any] | dict[Any,
 
 def _compiled_class() -> type:
     """The class of what ``torch.compile(module)`` gives. (It has no public name.)"""
-    return torch._dynamo.eval_frame.OptimizedModule  # type: ignore[no-any-return]
+    return torch._dynamo.eval_frame.OptimizedModule
 
 
 def _is_plain_object(value: Any) -> bool:
     """Whether ``value`` is an object of a Python class whose whole state lies in its ``__dict__``: a configuration."""
     kind = type(value)
-    if not hasattr(value, "__dict__") or isinstance(value, (type, types.ModuleType, types.FunctionType, types.MethodType)):
+    if not hasattr(value, "__dict__") or isinstance(
+        value, (type, types.ModuleType, types.FunctionType, types.MethodType)
+    ):
         return False
-    if any(name in vars(base) for base in kind.__mro__[:-1] for name in ("__getattribute__", "__getattr__", "__slots__", "__reduce_ex__", "__setattr__")):
+    if any(
+        name in vars(base)
+        for base in kind.__mro__[:-1]
+        for name in ("__getattribute__", "__getattr__", "__slots__", "__reduce_ex__", "__setattr__")
+    ):
         frozen = getattr(getattr(kind, "__dataclass_params__", None), "frozen", False)
         if not frozen or "__slots__" in vars(kind):
             return False
@@ -392,4 +434,5 @@ def _is_plain_object(value: Any) -> bool:
         return False
     if inspect.isgenerator(value) or inspect.iscoroutine(value):
         return False
-    return kind.__new__ is object.__new__
+    # A class with its own way of making instances (a tensor, a named tuple) is more than its attributes.
+    return kind.__new__ is object.__new__  # type: ignore[comparison-overlap]

@@ -1,6 +1,7 @@
 """What a call looks like: ``TensorType``, the leaves and structure of arguments, and ``Signature``, the cache key.
 
-Nothing here keeps a tensor: a signature is made of shapes, dtypes, constants and names only, so the cached work can see nothing of a call but its key.
+Nothing here keeps a tensor: a signature is made of shapes, dtypes, constants and names only, so the cached work can
+see nothing of a call but its key.
 """
 
 from __future__ import annotations
@@ -54,7 +55,8 @@ class TensorType:
         shape: sizes.
         dtype: element type.
         device: where it lives.
-        stride: strides in elements. A contiguous tensor always has its canonical strides here, whatever the strides of its dimensions of size 1.
+        stride: strides in elements. A contiguous tensor always has its canonical strides here, whatever the strides
+            of its dimensions of size 1.
         requires_grad: whether autograd follows it.
         is_leaf: whether it is a leaf of autograd (an in-place write to a leaf that requires grad is an error).
         is_parameter: whether it is an ``nn.Parameter``.
@@ -123,12 +125,14 @@ def _is_leaf(tensor: torch.Tensor) -> bool:
     try:
         return tensor.is_leaf
     except RuntimeError:
-        # A view made under no_grad whose base was written since: autograd refuses to say where it stands. It is no leaf.
+        # A view made under no_grad whose base was written since: autograd refuses to say where it stands. It is no
+        # leaf.
         return False
 
 
 class Constant:
-    """A Python value in the key, compared by type and value, floats by their bits: ``1``, ``1.0`` and ``True`` differ, so do ``0.0`` and ``-0.0``.
+    """A Python value in the key, compared by type and value, floats by their bits: ``1``, ``1.0`` and ``True`` differ,
+    so do ``0.0`` and ``-0.0``.
 
     Attributes:
         value: the value itself.
@@ -152,7 +156,8 @@ class Constant:
 
 def _bits(value: Any) -> Any:
     if type(value) is float:
-        # NaN equals nothing, itself included: a call with NaN must not find the entry of another NaN that user code may tell apart.
+        # NaN equals nothing, itself included: a call with NaN must not find the entry of another NaN that user code
+        # may tell apart.
         return object() if value != value else value.hex()
     if type(value) is complex:
         return (_bits(value.real), _bits(value.imag))
@@ -226,7 +231,8 @@ class Structure:
 def flatten(value: Any, leaves: list[Any]) -> Structure | int:
     """Append the leaves of nested containers to ``leaves``; return the structure that ``unflatten`` takes.
 
-    Containers are exactly ``tuple``, ``list``, ``dict``, ``OrderedDict`` and named tuples; everything else is a leaf. A container that holds itself raises ``UntraceableError``.
+    Containers are exactly ``tuple``, ``list``, ``dict``, ``OrderedDict`` and named tuples; everything else is a leaf.
+    A container that holds itself raises ``UntraceableError``.
 
     >>> leaves = []
     >>> structure = flatten({"a": [1, 2], "b": 3}, leaves)
@@ -306,7 +312,9 @@ class Arguments:
                 if type(value) not in (torch.Tensor, torch.nn.Parameter):
                     raise UntraceableError(f"argument {number} is a {type(value).__name__}, a subclass of torch.Tensor")
                 if value.layout is not torch.strided or value.is_quantized:
-                    raise UntraceableError(f"argument {number} is a tensor of layout {value.layout}, expected torch.strided")
+                    raise UntraceableError(
+                        f"argument {number} is a tensor of layout {value.layout}, expected torch.strided"
+                    )
                 if id(value) in seen:
                     leaves.append(Alias(seen[id(value)]))
                     continue
@@ -316,7 +324,8 @@ class Arguments:
                 leaves.append(Constant(value))
             else:
                 raise UntraceableError(
-                    f"argument {number} is a {type(value).__module__}.{type(value).__qualname__}; expected tensors, plain data, and tuples, lists and dicts of them"
+                    f"argument {number} is a {type(value).__module__}.{type(value).__qualname__}; expected tensors, "
+                    "plain data, and tuples, lists and dicts of them"
                 )
         return cls(structure, tuple(leaves)), values
 
@@ -338,7 +347,9 @@ class Arguments:
 
 @dataclass(frozen=True, slots=True)
 class Identity:
-    """A function or class in the key: equal only to itself. Holds its ``id`` and name, so that no closure is kept alive by a key."""
+    """A function or class in the key: equal only to itself. Holds its ``id`` and name, so that no closure is kept
+    alive by a key.
+    """
 
     ident: int
     name: str
@@ -354,7 +365,8 @@ class Signature:
     Attributes:
         arguments: the call's arguments.
         ambient: grad mode, autocast, default dtype and so on, by name.
-        state: what the trace read of the child, by path, in the order of reading: types of parameters, values of attributes.
+        state: what the trace read of the child, by path, in the order of reading: types of parameters, values of
+            attributes.
     """
 
     arguments: Arguments
@@ -367,7 +379,9 @@ class Signature:
         return f"{text} {' '.join(notes)}".rstrip()
 
     def difference(self, other: Signature) -> str:
-        """In words, the first part in which ``other`` (an entry of the cache) differs from this signature; empty where they are equal."""
+        """In words, the first part in which ``other`` (an entry of the cache) differs from this signature; empty
+        where they are equal.
+        """
         if self.arguments.structure != other.arguments.structure:
             return f"structure of the arguments: {self.arguments} here, {other.arguments} there"
         for number, (mine, theirs) in enumerate(zip(self.arguments.leaves, other.arguments.leaves, strict=True)):
@@ -381,5 +395,3 @@ class Signature:
             if name in here and here[name] != theirs:
                 return f"{name}: {here[name]} here, {theirs} there"
         return "" if self.state == other.state else "what the trace read of the module"
-
-

@@ -1,4 +1,6 @@
-"""``specialize``: trace, run the passes one by one, compile. ``stages`` shows every step; ``specialize`` is the last of them."""
+"""``specialize``: trace, run the passes one by one, compile. ``stages`` shows every step; ``specialize`` is the
+last of them.
+"""
 
 from __future__ import annotations
 
@@ -19,9 +21,10 @@ from .errors import LazyEinsumError, MemoryLimitError, UntraceableError
 from .graph import copy_graph, read_einsum, type_of
 from .passes import PASSES, Options
 from .plan import Plan, make_plan
+from .recorder import Trace
 from .signature import Arguments, Signature
 from .state import Guard, Path, compile_guard, describe_reads
-from .tracing import Trace, trace
+from .tracing import trace
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +99,20 @@ class Specialization:
         build_seconds: how long it took to make, in seconds.
     """
 
-    __slots__ = ("__weakref__", "_graph", "_module", "_state", "build_seconds", "guard", "hits", "plans", "run", "signature", "stages", "used")
+    __slots__ = (
+        "__weakref__",
+        "_graph",
+        "_module",
+        "_state",
+        "build_seconds",
+        "guard",
+        "hits",
+        "plans",
+        "run",
+        "signature",
+        "stages",
+        "used",
+    )
 
     def __init__(
         self,
@@ -135,14 +151,17 @@ class Specialization:
 
     @property
     def graph_module(self) -> fx.GraphModule:
-        """The specialized program as a ``GraphModule`` on the live tensors of the child (made anew at each request, so that nothing is kept alive).
+        """The specialized program as a ``GraphModule`` on the live tensors of the child (made anew at each request, so
+        that nothing is kept alive).
 
         It takes the tensors among the arguments, in order, and has no checks of its own.
         """
         module = self._module()
         if module is None:
             raise LazyEinsumError("the module that this specialization was made for is gone")
-        return fx.GraphModule({target: read(module, path) for target, path in self._state.items()}, copy_graph(self._graph))
+        return fx.GraphModule(
+            {target: read(module, path) for target, path in self._state.items()}, copy_graph(self._graph)
+        )
 
     def __repr__(self) -> str:
         return f"<Specialization {self.signature}, {self.hits} hits, built in {self.build_seconds * 1e3:.1f} ms>"
@@ -170,7 +189,8 @@ _functions_lock = threading.Lock()
 
 
 def compile_graph(graph: fx.Graph, state: Sequence[str]) -> Callable[..., Any]:
-    """A plain function of the graph's placeholders and then the state targets, in order. Equal code gives the same function.
+    """A plain function of the graph's placeholders and then the state targets, in order. Equal code gives the same
+    function.
 
     >>> compile_graph(fx.symbolic_trace(lambda x: x + 1).graph, ())(1)
     2
@@ -216,8 +236,9 @@ def specialize(
         options: how to plan.
         is_leaf: see ``trace``.
         on_stage: called with each stage while it is at hand (``verify`` runs them).
-        overlapping: whether this is for calls in which inputs share memory that the module writes to. A trace takes all inputs for separate; what it recorded
-            is right for these too, what passes make of it may not be, so none is run.
+        overlapping: whether this is for calls in which inputs share memory that the module writes to. A trace takes
+            all inputs for separate; what it recorded is right for these too, what passes make of it may not be, so
+            none is run.
 
     Raises:
         MemoryLimitError: no contraction order stays below the limit.
@@ -240,7 +261,7 @@ def specialize(
     state = {target: traced.state[target] for target in dict.fromkeys(targets)}
     run = finish(compile_graph(graph, tuple(state)), traced, dict(ambient)["grad"])
     overlap = None
-    reads = describe_reads(traced.reads)
+    reads: tuple[tuple[str, Any], ...] = describe_reads(traced.reads)
     if traced.writes_inputs:
         overlap = overlaps if overlapping else no_overlap
         reads = (*reads, ("memory", "shared by inputs" if overlapping else "of its own for each input"))
@@ -250,7 +271,9 @@ def specialize(
 
 
 def finish(function: Callable[..., Any], traced: Trace, grad: bool) -> Callable[..., Any]:
-    """``function`` with what a graph can't say: building the result in the user's own containers, and putting the grad mode back after an exception."""
+    """``function`` with what a graph can't say: building the result in the user's own containers, and putting the
+    grad mode back after an exception.
+    """
     build = traced.result
     if build is None and not traced.switches_grad:
         return function

@@ -1,7 +1,9 @@
-"""What a trace read of its module, as data, and the generated function that checks all of it (and the arguments) at a warm call.
+"""What a trace read of its module, as data, and the generated function that checks all of it (and the arguments) at a
+warm call.
 
-A read is a path from the child (``child.layers[0].weight``) and what was found at its end. ``compile_guard`` turns the reads of one specialization into one
-Python function that walks to each of them and fails at the first difference: nothing that was not read is checked.
+A read is a path from the child (``child.layers[0].weight``) and what was found at its end. ``compile_guard`` turns
+the reads of one specialization into one Python function that walks to each of them and fails at the first difference:
+nothing that was not read is checked.
 """
 
 from __future__ import annotations
@@ -21,8 +23,10 @@ from .surroundings import Cell, GlobalName
 
 How = Literal["module", "parameter", "buffer", "attribute", "item", "call", "outer"]
 Path = tuple[tuple[How, Any], ...]
-"""Steps from the child: a submodule, a parameter, a buffer, any other attribute, an item of a container, what a weak reference gives
-when called; or, as first step, something outside of the child: a global, a variable of an enclosing function, a class attribute."""
+"""Steps from the child: a submodule, a parameter, a buffer, any other attribute, an item of a container, what a weak
+reference gives when called; or, as first step, something outside of the child: a global, a variable of an enclosing
+function, a class attribute.
+"""
 
 
 def path_name(path: Path) -> str:
@@ -100,7 +104,9 @@ class SameAs:
 
 
 class Reference:
-    """A function, class or Python module found; equal to itself only. Held weakly, so that no closure is kept alive by a key."""
+    """A function, class or Python module found; equal to itself only. Held weakly, so that no closure is kept
+    alive by a key.
+    """
 
     __slots__ = ("ident", "name", "ref")
 
@@ -125,7 +131,9 @@ class Reference:
 Guard = Callable[..., "tuple[Any, ...] | None"]
 Found = TensorType | Constant | Reference | ModuleClass | NoHooks | Absent | Names | Container | SameAs
 Reads = Mapping[tuple[Path, str], Found]
-"""What was found, by path and kind of question (one object may be asked for its class, its hooks, an absent attribute ...), in the order of reading."""
+"""What was found, by path and kind of question (one object may be asked for its class, its hooks, an absent
+attribute ...), in the order of reading.
+"""
 
 
 def describe_reads(reads: Reads) -> tuple[tuple[str, Found], ...]:
@@ -140,7 +148,9 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 
 
 class _Writer:
-    """Collects the source of one guard function: numbered locals, conditions in order, and the values that the source refers to by name."""
+    """Collects the source of one guard function: numbered locals, conditions in order, and the values that the
+    source refers to by name.
+    """
 
     def __init__(self) -> None:
         self.lines: list[str] = []
@@ -170,7 +180,11 @@ class _Writer:
             # NaN equals nothing and 0.0 == -0.0: the same object passes, else the bits decide.
             sign = math.copysign(1.0, value)
             copysign = self.name(math.copysign)
-            same_bits = "False" if value != value else f"type({variable}) is float and {variable} == 0.0 and {copysign}(1.0, {variable}) == {sign!r}"
+            same_bits = (
+                "False"
+                if value != value
+                else f"type({variable}) is float and {variable} == 0.0 and {copysign}(1.0, {variable}) == {sign!r}"
+            )
             self.require(f"{variable} is {self.name(value)} or ({same_bits})")
         elif type(value) in (int, float, str, bytes):
             self.require(f"{variable} == {self.name(value)} and type({variable}) is {type(value).__name__}")
@@ -218,7 +232,8 @@ def _write_arguments(writer: _Writer, arguments: Arguments) -> list[str]:
     else:
         writer.require(f"len(args) == {len(args.children)} and len(kwargs) == {len(kwargs.children)}")
         visit_items(args, "args")
-        # Keyword arguments are compared in any order: only **kwargs could tell it, and then its keys are read from here.
+        # Keyword arguments are compared in any order: only **kwargs could tell it, and then its keys are read from
+        # here.
         for number, item in enumerate(kwargs.children):
             visit(item, writer.local(("kwargs", number), f"kwargs[{writer.name(kwargs.keys[number])}]"))
         writer.require(f"tuple(kwargs) == {writer.name(kwargs.keys)}" if len(kwargs.keys) > 1 else "True")
@@ -254,7 +269,9 @@ def _write_read(writer: _Writer, path: Path, found: Found, tensors: dict[Path, s
     if isinstance(found, Absent):
         attributes = _dict(writer, path)
         name = repr(found.name)
-        tables = " and ".join(f"{name} not in {attributes}[{table!r}]" for table in ("_parameters", "_buffers", "_modules"))
+        tables = " and ".join(
+            f"{name} not in {attributes}[{table!r}]" for table in ("_parameters", "_buffers", "_modules")
+        )
         writer.require(f"{name} not in {attributes} and {tables}")
         return
     if isinstance(found, Names):
@@ -279,7 +296,9 @@ def _write_read(writer: _Writer, path: Path, found: Found, tensors: dict[Path, s
         writer.require(f"type({variable}) is {writer.name(found.kind)} and len({variable}) == {found.keys}")
     else:
         mapping = variable if issubclass(found.kind, dict) else f"{variable}.__dict__"
-        writer.require(f"type({variable}) is {writer.name(found.kind)} and tuple({mapping}) == {writer.name(found.keys)}")
+        writer.require(
+            f"type({variable}) is {writer.name(found.kind)} and tuple({mapping}) == {writer.name(found.keys)}"
+        )
 
 
 def compile_guard(
@@ -289,7 +308,8 @@ def compile_guard(
     wanted: Sequence[Path],
     overlap: Callable[..., bool] | None = None,
 ) -> Guard:
-    """A function ``(module, args, kwargs)`` that gives what the specialized code takes, or ``None`` where anything that was read has changed.
+    """A function ``(module, args, kwargs)`` that gives what the specialized code takes, or ``None`` where anything that
+    was read has changed.
 
     Hooks of the module itself make it fail too, unless a fourth argument says that they are being run around this call.
 
@@ -316,7 +336,10 @@ def compile_guard(
         writer.require(f"{writer.name(ambient_module.tensor_check(types))}({', '.join(inputs)})")
         writer.require(f"{writer.name(torch.get_default_dtype)}() is {writer.name(torch.get_default_dtype())}")
     if not types or modes["autocast"] or modes["default_device"] or modes["inference"]:
-        writer.require(f"{writer.name(ambient_module.bypass)}() is None and {writer.name(ambient_module.ambient)}() == {writer.name(ambient)}")
+        writer.require(
+            f"{writer.name(ambient_module.bypass)}() is None and {writer.name(ambient_module.ambient)}() == "
+            f"{writer.name(ambient)}"
+        )
     for variable, known in zip(inputs, types, strict=True):
         if known.requires_grad:
             writer.require(f"{variable}.is_leaf is {known.is_leaf}")
@@ -343,5 +366,3 @@ def guard(module, args, kwargs, hooked=False):
     guard = scope["guard"]
     assert isinstance(guard, FunctionType)
     return guard
-
-

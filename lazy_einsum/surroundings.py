@@ -1,7 +1,9 @@
-"""What a module's code may read beside its arguments and ``self``: globals, variables of enclosing functions, attributes of classes and of Python modules.
+"""What a module's code may read beside its arguments and ``self``: globals, variables of enclosing functions,
+attributes of classes and of Python modules.
 
-Nothing can watch such reads without slowing the user's code down, so they are found in the code itself: every name that a function, or a function that it names,
-could look up. That is more than it will read, and errs to the safe side: what is found enters the key by its value.
+Nothing can watch such reads without slowing the user's code down, so they are found in the code itself: every name
+that a function, or a function that it names, could look up. That is more than it will read, and errs to the safe
+side: what is found enters the key by its value.
 """
 
 from __future__ import annotations
@@ -18,7 +20,9 @@ import torch
 from .signature import is_constant
 
 MAX_ITEMS = 64
-"""Containers and objects outside of the module that hold more than this are taken for registries, which change without changing results."""
+"""Containers and objects outside of the module that hold more than this are taken for registries, which change
+without changing results.
+"""
 
 _SKIPPED = tuple(
     os.path.join(os.path.abspath(path), "")
@@ -102,7 +106,9 @@ def read_by_class(kind: type) -> Iterator[tuple[Outer, Steps]]:
     for name in sorted(names):
         for base in kind.__mro__:
             if name in vars(base):
-                if base.__module__.partition(".")[0] not in ("torch", "builtins", "lazy_einsum") and _is_plain(vars(base)[name]):
+                if base.__module__.partition(".")[0] not in ("torch", "builtins", "lazy_einsum") and _is_plain(
+                    vars(base)[name]
+                ):
                     yield ClassAttribute(kind, name), ()
                 break
 
@@ -114,14 +120,18 @@ def read_by_function(function: types.FunctionType) -> Iterator[tuple[Outer, Step
 
 
 def _level(function: types.FunctionType) -> int:
-    """0 for code of torch, the standard library and this package, which is trusted; 1 for installed packages; 2 for the user's own code."""
+    """0 for code of torch, the standard library and this package, which is trusted; 1 for installed packages; 2
+    for the user's own code.
+    """
     name = function.__code__.co_filename
     if name.startswith(_PACKAGES):
         return 0 if name.startswith(_SKIPPED) else 1
     return 0 if name.startswith(_SKIPPED) else 2
 
 
-def _read_by(function: types.FunctionType, seen: dict[int, types.FunctionType], names: set[str]) -> Iterator[tuple[Outer, Steps]]:
+def _read_by(
+    function: types.FunctionType, seen: dict[int, types.FunctionType], names: set[str]
+) -> Iterator[tuple[Outer, Steps]]:
     level = _level(function)
     if id(function) in seen or not level:
         return
@@ -136,7 +146,9 @@ def _read_by(function: types.FunctionType, seen: dict[int, types.FunctionType], 
     names.update(own)
     for name in own:
         if name in function.__globals__:
-            yield from _follow(GlobalName(function.__globals__, name), function.__globals__[name], level, frozenset(own), seen, names)
+            yield from _follow(
+                GlobalName(function.__globals__, name), function.__globals__[name], level, frozenset(own), seen, names
+            )
 
 
 def _names(code: types.CodeType) -> Iterator[str]:
@@ -161,7 +173,8 @@ def _follow(
     elif is_constant(value) or (level == 2 and _is_plain(value)):
         yield start, ()
     elif level == 2 and type(value) in (list, tuple, dict) and len(value) <= MAX_ITEMS:
-        # Tensors beside plain data: the plain data one by one. (A tensor from out here stops the trace where it is used.)
+        # Tensors beside plain data: the plain data one by one. (A tensor from out here stops the trace where it is
+        # used.)
         for key, item in value.items() if type(value) is dict else enumerate(value):
             if is_constant(key) and _is_plain(item):
                 yield start, (("item", key),)
@@ -176,6 +189,6 @@ def _is_plain(value: Any) -> bool:
     if type(value) is dict:
         return len(value) <= MAX_ITEMS and all(is_constant(key) and _is_plain(item) for key, item in value.items())
     attributes = getattr(value, "__dict__", None)
-    if type(attributes) is not dict or type(value).__new__ is not object.__new__ or isinstance(value, (type, types.ModuleType, torch.nn.Module)):
+    if type(attributes) is not dict or isinstance(value, (type, types.ModuleType, torch.nn.Module, torch.Tensor)):
         return False
     return len(attributes) <= MAX_ITEMS and all(is_constant(item) for item in attributes.values())

@@ -1,137 +1,31 @@
-"""``trace``: run a module's ``forward`` on fake tensors and record every torch function it calls, as an ``fx.Graph`` with ``Facts`` on each node.
+"""``trace``: run a module's ``forward`` on fake tensors and record every torch function it calls, as an ``fx.Graph``
+with ``Facts`` on each node.
 
-Three layers lie above each other while ``forward`` runs: the recorder (a ``TorchFunctionMode``) sees ``torch.einsum`` as one call with its text and appends
-it to the graph; the net (a ``TorchDispatchMode``) sees each operation that really happens, refuses those outside of a recorded call and notes what is written;
-fake tensors compute shapes, dtypes and strides, and allocate nothing. What can't be represented raises ``UntraceableError``; nothing is ever guessed.
+Three layers lie above each other while ``forward`` runs: the recorder (a ``TorchFunctionMode``) sees ``torch.einsum``
+as one call with its text and appends it to the graph; the net (a ``TorchDispatchMode``) sees each operation that
+really happens, refuses those outside of a recorded call and notes what is written; fake tensors compute shapes,
+dtypes and strides, and allocate nothing. What can't be represented raises ``UntraceableError``; nothing is ever
+guessed.
 """
 
 from __future__ import annotations
 
-import gc
-import operator
 import os
-import sys
-import types
-import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import fx, nn
-from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch import nn
 
 from . import ambient as ambient_module
 from .errors import UntraceableError
-from .graph import EVERYTHING, Facts, facts, stamp
-from .shadow import Shadows
-from .signature import Alias, Arguments, Constant, Structure, TensorType, contiguous_strides, flatten, is_constant, unflatten
-from .state import Path, Reads, path_name
-from .surroundings import read_by_function
+from .recorder import NeedsConnection, Recorder, Trace
+from .signature import Arguments
 
-_HERE = os.path.dirname(os.path.abspath(__file__))
-_TORCH = os.path.dirname(os.path.abspath(torch.__file__))
-
-MAX_NODES = 50_000
-"""A ``forward`` that calls more functions than this is not traced."""
-
-# Asked of tensors, these answer from the tensors' types alone (shape, dtype, strides, device, requires_grad ...), all of which are in the key.
-_QUERIES = frozenset(
-    """shape size dim ndim ndimension numel nelement dtype device layout itemsize element_size nbytes get_device is_cuda is_cpu is_meta is_mps is_xpu is_hpu
-    is_xla is_ipu is_maia is_mtia is_vulkan is_sparse is_sparse_csr is_mkldnn is_quantized is_nested is_floating_point is_complex is_signed is_inference is_conj
-    is_neg requires_grad is_leaf is_contiguous stride storage_offset type __len__ names has_names is_same_size result_type promote_types can_cast is_tensor
-    dim_order output_nr""".split()
+_LIBRARIES = (
+    os.path.dirname(os.path.abspath(__file__)) + os.sep,
+    os.path.dirname(os.path.abspath(torch.__file__)) + os.sep,
 )
-# These change the autograd state of a tensor, its identity or its storage, in ways that a graph of calls would not repeat for the user.
-_REFUSED = frozenset(
-    """requires_grad_ retain_grad register_hook register_post_accumulate_grad_hook backward detach_ set_ resize_ resize_as_ share_memory_ rename_ data_ptr
-    untyped_storage storage _typed_storage numpy tolist item __array__ __reduce_ex__ __deepcopy__ pin_memory is_shared is_pinned grad grad_fn _version _base
-    _make_subclass as_subclass _make_wrapper_subclass to_sparse manual_seed set_state""".split()
-)
-# Operations that write arguments which their schemas do not show as written: positions of the arguments.
-_HIDDEN_WRITES = {
-    "aten::native_batch_norm": (3, 4),
-    "aten::cudnn_batch_norm": (3, 4),
-    "aten::miopen_batch_norm": (3, 4),
-    "aten::_batch_norm_impl_index": (3, 4),
-    "aten::batch_norm": (3, 4),
-    "aten::instance_norm": (3, 4),
-}
-_NAMES = (
-    "add sub mul truediv floordiv mod pow matmul neg pos invert abs and or xor lshift rshift lt le eq ne gt ge getitem setitem "
-    "iadd isub imul itruediv ifloordiv imod ipow imatmul iand ior ixor ilshift irshift"
-).split()
-# By identity as well as by name: Tensor.__pow__ calls itself "pow".
-_OPERATORS: dict[Any, Callable[..., Any]] = {}
-_REFLECTED: dict[Any, Callable[..., Any]] = {"__rdiv__": operator.truediv}
-for _word in _NAMES:
-    _operator = getattr(operator, _word, None) or getattr(operator, _word + "_")
-    for _table, _method in ((_OPERATORS, f"__{_word}__"), (_REFLECTED, f"__r{_word}__")):
-        if hasattr(torch.Tensor, _method):
-            _table[_method] = _table[getattr(torch.Tensor, _method)] = _operator
-
-
-@dataclass(frozen=True)
-class Trace:
-    """What ``trace`` gives.
-
-    Attributes:
-        graph: placeholders for the tensors among the arguments, ``get_attr`` nodes for what is read of the module, ``Facts`` on every node.
-        reads: what ``forward`` read of the module.
-        state: paths of the ``get_attr`` nodes, by their target.
-        result: how to build what ``forward`` returns from the graph's flat output: structure and, for each leaf, a constant or the number of the output; or
-            ``None`` where the graph's output is the result itself.
-        writes_inputs: whether the graph writes to memory of arguments or of the module.
-        switches_grad: whether ``forward`` switches the grad mode on the way.
-    """
-
-    graph: fx.Graph
-    reads: Reads
-    state: Mapping[str, Path]
-    result: Callable[[Sequence[Any]], Any] | None
-    writes_inputs: bool
-    switches_grad: bool
-
-
-class LiveCall:
-    """Calls a live submodule in the middle of specialized code, and checks that it gives what the code after it was made for.
-
-    Args:
-        name: qualified name of the submodule.
-        types: expected types of the tensors in its result.
-    """
-
-    def __init__(self, name: str, types: tuple[TensorType, ...]) -> None:
-        self.__name__ = "live_call"
-        self.__qualname__ = "live_call"
-        self.__module__ = __name__
-        self._name = name
-        self._types = types
-
-    def __call__(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        result = module(*args, **kwargs)
-        found: list[Any] = []
-        flatten(result, found)
-        tensors = tuple(TensorType.of(value) for value in found if isinstance(value, torch.Tensor))
-        if tuple(map(_comparable, tensors)) != tuple(map(_comparable, self._types)):
-            raise LiveCallChanged(
-                f"{self._name} gave {', '.join(map(str, tensors))}, expected {', '.join(map(str, self._types))} (a hook may have changed its result)"
-            )
-        return result
-
-
-class _NeedsConnection(BaseException):
-    """``forward`` differentiates: fakes have to be connected in autograd's graph. (No ``Exception``, so that user code does not catch it.)"""
-
-
-class LiveCallChanged(UntraceableError):
-    """A live call gave another type than the trace foresaw."""
-
-
-def _comparable(known: TensorType) -> TensorType:
-    return replace(known, is_leaf=True)
 
 
 def trace(
@@ -139,7 +33,8 @@ def trace(
     arguments: Arguments,
     is_leaf: Callable[[nn.Module, str], bool] = lambda module, name: False,
 ) -> Trace:
-    """Record what ``function`` does for arguments of the given types. No operation runs on real data, and ``function``'s own state is left as it was.
+    """Record what ``function`` does for arguments of the given types. No operation runs on real data, and
+    ``function``'s own state is left as it was.
 
     Args:
         function: an ``nn.Module`` (its ``forward`` is recorded, not its hooks) or any callable.
@@ -147,18 +42,19 @@ def trace(
         is_leaf: which submodules stay live calls; called with the module and its qualified name.
 
     Raises:
-        UntraceableError: the call can't be represented; the message names the reason and, where known, the user's file and line.
+        UntraceableError: the call can't be represented; the message names the reason and, where known, the user's
+            file and line.
     """
     try:
         return _trace(function, arguments, is_leaf, connected=False)
-    except _NeedsConnection:
+    except NeedsConnection:
         return _trace(function, arguments, is_leaf, connected=True)
 
 
 def _trace(function: Any, arguments: Arguments, is_leaf: Callable[[nn.Module, str], bool], connected: bool) -> Trace:
     random_state = ambient_module.RandomState()
     grad = torch.is_grad_enabled()
-    recorder = _Recorder(is_leaf, random_state, connected)
+    recorder = Recorder(is_leaf, random_state, connected)
     # Autocast keeps casts of weights until it ends; it must not keep casts of fakes.
     cache = torch.is_autocast_cache_enabled()
     torch.set_autocast_cache_enabled(False)
@@ -179,13 +75,15 @@ def _trace(function: Any, arguments: Arguments, is_leaf: Callable[[nn.Module, st
         found = recorder.finish(result)
         del result
         if not recorder.forget():
-            raise UntraceableError("forward keeps a tensor where it outlives the call (a cache, a global, an attribute of an object)")
+            raise UntraceableError(
+                "forward keeps a tensor where it outlives the call (a cache, a global, an attribute of an object)"
+            )
         return found
     except UntraceableError as error:
         if recorder.failure is not None and recorder.failure is not error:
             raise recorder.failure from None
         raise
-    except _NeedsConnection:
+    except NeedsConnection:
         raise
     except Exception as error:
         failure = recorder.failure
@@ -213,536 +111,7 @@ def _line_of(error: Exception) -> str:
     step = error.__traceback__
     while step is not None:
         name = step.tb_frame.f_code.co_filename
-        if not name.startswith((_HERE, _TORCH)):
+        if not name.startswith(_LIBRARIES):
             place = f" at {name}:{step.tb_lineno}"
         step = step.tb_next
     return place
-
-
-def _user_line() -> str:
-    """``file:line`` of the innermost frame outside of torch and of this package."""
-    frame: types.FrameType | None = sys._getframe(1)
-    while frame is not None:
-        name = frame.f_code.co_filename
-        if not name.startswith((_HERE, _TORCH)):
-            return f"{name}:{frame.f_lineno}"
-        frame = frame.f_back
-    return ""
-
-
-def fake_mode() -> Any:
-    """A mode in which tensors have types but no data. (Meta tensors, the public alternative, lose the device; this one has lain in torch._subclasses since 1.13.)"""
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
-    return FakeTensorMode(allow_non_fake_inputs=False)
-
-
-def _is_fake(value: torch.Tensor) -> bool:
-    from torch._subclasses.fake_tensor import FakeTensor
-
-    return isinstance(value, FakeTensor)
-
-
-def make_fake(known: TensorType) -> torch.Tensor:
-    """A tensor of type ``known``; called inside of ``fake_mode()``."""
-    if known.is_inference and not torch.is_inference_mode_enabled():
-        raise UntraceableError("a tensor made in inference mode is used outside of it")
-    with torch.inference_mode(known.is_inference), torch.enable_grad():
-        fake = torch.empty_strided(known.shape, known.stride, dtype=known.dtype, device=known.device)
-        if known.is_conj:
-            fake = fake.conj()
-        if known.is_neg:
-            fake = torch._neg_view(fake)
-        if known.is_parameter:
-            return nn.Parameter(fake, requires_grad=known.requires_grad)
-        if not known.requires_grad:
-            return fake
-        fake.requires_grad_()
-        if known.is_leaf:
-            return fake
-        result = fake.clone()
-        if result.stride() != fake.stride():
-            result = result.as_strided(known.shape, known.stride) if known.numel <= result.numel() else result
-        return result
-
-
-@dataclass(slots=True)
-class _Known:
-    """A tracked tensor: the tensor (kept, so that its id stays its own), the node that gives it, and its place in autograd's graph when last seen."""
-
-    tensor: torch.Tensor
-    node: fx.Node
-    grad_fn: object
-
-
-class _Net(TorchDispatchMode):
-    """Sees the operations that really happen: refuses those outside of recorded calls, collects the storages they write."""
-
-    def __init__(self, recorder: _Recorder) -> None:
-        super().__init__()
-        self.recorder = recorder
-        self.open = 0
-        self.written: list[torch.Tensor] = []
-        self.random = False
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        schema = func._schema
-        if not self.open:
-            if any("Tensor" in str(result.type) for result in schema.returns):
-                # Noted, not raised: this may run inside of C++ that an exception would abort (autograd.Function.apply does). The next recorded call raises it.
-                self.recorder.fail(f"{func} runs outside of a torch function that can be recorded (a custom autograd.Function, torch.func, a C++ extension, ...)")
-            with self.recorder.paused():
-                return func(*args, **(kwargs or {}))
-        for number, argument in enumerate(schema.arguments):
-            if argument.alias_info is not None and argument.alias_info.is_write:
-                value = args[number] if number < len(args) else (kwargs or {}).get(argument.name)
-                self.written.extend(_tensors(value))
-        for number in _HIDDEN_WRITES.get(schema.name, ()):
-            if number < len(args):
-                self.written.extend(_tensors(args[number]))
-        if torch.Tag.nondeterministic_seeded in func.tags:
-            self.random = True
-        return func(*args, **(kwargs or {}))
-
-
-def _tensors(value: Any) -> Iterator[torch.Tensor]:
-    if isinstance(value, torch.Tensor):
-        yield value
-    elif isinstance(value, (list, tuple)):
-        for item in value:
-            yield from _tensors(item)
-    elif isinstance(value, dict):
-        yield from _tensors(list(value.values()))
-
-
-class _Recorder(TorchFunctionMode):
-    def __init__(self, is_leaf: Callable[[nn.Module, str], bool], random_state: ambient_module.RandomState, connected: bool) -> None:
-        super().__init__()
-        self.graph = fx.Graph()
-        self.failure: UntraceableError | None = None
-        self.shadows = Shadows(self._fake_state, self._live_call, is_leaf)
-        self._net = _Net(self)
-        self._known: dict[int, _Known] = {}
-        self._storages: dict[int, tuple[int, Any]] = {}
-        self._weak: list[weakref.ref[torch.Tensor]] = []
-        self._inputs: list[torch.Tensor] = []
-        self._state: dict[str, Path] = {}
-        self._state_of: dict[int, tuple[torch.Tensor, TensorType, Path]] = {}
-        self._modules: dict[str, fx.Node] = {}
-        self._suspended = 0
-        self._grad_at_start = self._grad = torch.is_grad_enabled()
-        self._switched = False
-        self._ambient = ambient_module.inner_state()
-        # Under autocast an operation means other operations: nothing is rewritten there.
-        self._movable = not ambient_module.any_autocast()
-        self._random_state = random_state
-        self._connected = connected
-        self._fake_mode = fake_mode()
-
-    # -- running
-
-    def run(self, function: Any, arguments: Arguments) -> Any:
-        """Run ``function`` on fakes of ``arguments`` under all three layers; its result."""
-        fakes: list[Any] = []
-        with self._fake_mode:
-            for number, leaf in enumerate(arguments.leaves):
-                if isinstance(leaf, Constant):
-                    fakes.append(leaf.value)
-                elif isinstance(leaf, Alias):
-                    fakes.append(fakes[leaf.leaf])
-                else:
-                    fake = make_fake(leaf)
-                    node = self.graph.placeholder(f"x{number}")
-                    self._track(fake, node, leaf)
-                    self._inputs.append(fake)
-                    fakes.append(fake)
-        args, kwargs = unflatten(arguments.structure, fakes)
-        with self._fake_mode:
-            # The fakes of parameters are made on the way, below the net.
-            if isinstance(function, nn.Module):
-                callee: Callable[..., Any] = self.shadows.module(function, ()).forward
-            else:
-                callee = function
-                if isinstance(function, types.FunctionType):
-                    self.shadows.read_outer(read_by_function(function))
-            with self._net, self:
-                return callee(*args, **kwargs)
-
-    def finish(self, result: Any) -> Trace:
-        """Write the graph's output, make the last checks."""
-        if torch.is_grad_enabled() != self._grad_at_start or self._grad != self._grad_at_start:
-            raise UntraceableError("forward leaves the grad mode switched")
-        side_effect = self.shadows.side_effect()
-        if side_effect is not None:
-            raise UntraceableError(side_effect)
-        build = self._output(result)
-        state_storages = {id(fake) for fake, _, _ in self._state_of.values()} | {id(fake) for fake in self._inputs}
-        outer = {known.storage for key in state_storages if key in self._known and (known := facts(self._known[key].node))}
-        written = {number for node in self.graph.nodes if (known := facts(node)) for number in known.writes}
-        self._erase_unused_reads()
-        return Trace(self.graph, self.shadows.reads, self._state, build, EVERYTHING in written or not outer.isdisjoint(written), self._switched)
-
-    def forget(self) -> bool:
-        """Drop all fakes; whether none survives. One that does was put by user code where later calls may find it (a cache, a global list)."""
-        self._known.clear()
-        self._inputs.clear()
-        self._state_of.clear()
-        self._storages.clear()
-        self._net.written.clear()
-        self.shadows.forget()
-        if all(reference() is None for reference in self._weak):
-            return True
-        gc.collect()  # a cycle in user code may hold one until now; only paid in that case
-        # x.mul_(x) ties a tensor to itself inside of autograd, where Python's collector does not see it; no code can reach such a one.
-        return not any(_is_held(reference) for reference in self._weak)
-
-    # -- fakes and nodes
-
-    def fail(self, reason: str) -> UntraceableError:
-        """Make (and remember, should user code swallow it) the error for ``reason`` at the user's present line."""
-        line = _user_line()
-        error = UntraceableError(f"{reason} at {line}" if line else reason)
-        if self.failure is None:
-            self.failure = error
-        return error
-
-    def _storage(self, tensor: torch.Tensor) -> int:
-        storage = tensor.untyped_storage()
-        return self._storages.setdefault(storage._cdata, (len(self._storages), storage))[0]
-
-    def _facts(self, tensor: torch.Tensor, known: TensorType | None = None, written: tuple[int, ...] = ()) -> Facts:
-        return Facts(known or TensorType.of(tensor), self._storage(tensor), written, torch.is_grad_enabled(), self._movable, _user_line())
-
-    def _track(self, tensor: torch.Tensor, node: fx.Node, known: TensorType | None = None, written: tuple[int, ...] = ()) -> None:
-        self._known[id(tensor)] = _Known(tensor, node, _grad_fn(tensor))
-        self._weak.append(weakref.ref(tensor))
-        stamp(node, self._facts(tensor, known, written))
-
-    def _fake_state(self, live: torch.Tensor, known: TensorType, path: Path) -> torch.Tensor:
-        with self.paused():
-            fake = make_fake(known)
-        self._state_of[id(fake)] = (fake, known, path)
-        return fake
-
-    def _node(self, tensor: torch.Tensor) -> fx.Node:
-        """The node that gives ``tensor``."""
-        found = self._known.get(id(tensor))
-        if found is not None:
-            now = _grad_fn(tensor)
-            if now is not found.grad_fn and not (isinstance(now, str) and now == found.grad_fn):
-                raise self.fail("a tensor's place in autograd's graph changed outside of a recorded call (a custom autograd.Function, ...)")
-            return found.node
-        if id(tensor) in self._state_of:
-            fake, known, path = self._state_of[id(tensor)]
-            node = self._read_node(path_name(path), path)
-            self._track(fake, node, known)
-            return node
-        if not _is_fake(tensor):
-            raise self.fail("forward uses a tensor that is neither an argument nor reached from the module (a global, a closure, a class attribute)")
-        raise self.fail("forward uses a tensor made outside of recorded calls (a custom autograd.Function, torch.func, ...)")
-
-    def _read_node(self, target: str, path: Path) -> fx.Node:
-        """A ``get_attr`` node, among the first of the graph: state is read when the specialized code is called."""
-        self._state[target] = path
-        first = next((node for node in self.graph.nodes if node.op not in ("placeholder", "get_attr")), None)
-        with self.graph.inserting_before(first):
-            return self.graph.create_node("get_attr", target, (), {}, name=_identifier(target))
-
-    def _argument(self, value: Any) -> Any:
-        """``value`` with nodes in the places of tensors, as ``fx`` takes it."""
-        if isinstance(value, torch.Tensor):
-            return self._node(value)
-        kind = type(value)
-        if kind in (list, tuple):
-            return kind(self._argument(item) for item in value)
-        if kind is torch.Size:
-            return tuple(value)
-        if kind is dict:
-            return {key: self._argument(item) for key, item in value.items()}
-        if kind is slice:
-            return slice(self._argument(value.start), self._argument(value.stop), self._argument(value.step))
-        if kind in (int, float, complex, bool, str, type(None), type(Ellipsis), torch.dtype, torch.device, torch.layout, torch.memory_format):
-            return value
-        if isinstance(value, range):
-            return list(value)
-        raise self.fail(f"a torch function is given a {kind.__module__}.{kind.__qualname__}")
-
-    # -- recording
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        self._net.open += 1
-        try:
-            if self._suspended:
-                return func(*args, **kwargs)
-            return self._record(func, args, kwargs)
-        finally:
-            self._net.open -= 1
-
-    def _record(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        name = _name(func)
-        sets = getattr(func, "__name__", "") in ("__set__", "__delete__")
-        if name in _QUERIES and not sets:
-            return func(*args, **kwargs)
-        if self.failure is not None:
-            raise self.failure
-        if name == "_set_grad_enabled":
-            return self._switch_grad(args[0] if args else kwargs["mode"], func, args, kwargs)
-        if (name in _REFUSED and func is not torch.autograd.grad) or sets:
-            raise self.fail(f"forward {'sets' if sets else 'uses'} {name} of a tensor")
-        self._check_modes()
-        if len(self.graph.nodes) > MAX_NODES:
-            raise self.fail(f"forward calls more than {MAX_NODES} torch functions")
-        taken = self._argument(list(args)), self._argument(dict(kwargs))
-        self._net.written.clear()
-        self._net.random = False
-        if func is torch.autograd.grad and not self._connected:
-            raise _NeedsConnection
-        result = self._shortcut(func, args, kwargs)
-        if result is None:
-            result = func(*args, **kwargs)
-        if self._net.random and not self._random_state.same_torch():
-            raise self.fail("torch's random generator is seeded inside of forward")
-        written = self._written()
-        tensors = list(_tensors(result))
-        if not written:
-            if not tensors:
-                raise self.fail(f"the result of {name} can't be recorded ({type(result).__name__})")
-            if isinstance(result, torch.Tensor) and (id(result) in self._known or id(result) in self._state_of):
-                if name.endswith("_") and not name.endswith("__"):
-                    raise self.fail(f"forward uses {name}")
-                return result
-        self._register(result, self._write_call(func, name, *taken), written)
-        return result
-
-    def _shortcut(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor | None:
-        """The fake result of an einsum of several operands, without running its dozens of steps on fakes (8 ms for three operands; so 0.6)."""
-        if func is not torch.functional.einsum or self._connected or not self._movable or kwargs:
-            return None
-        operands = list(_tensors(args))
-        if len(operands) < 2 or not all(_is_fake(operand) for operand in operands):
-            return None
-        metas = {id(operand): _meta(operand) for operand in operands}
-        with ambient_module.no_modes(), torch.no_grad():
-            meta = torch.einsum(*_replaced(args, metas))
-            requires_grad = self._grad and any(operand.requires_grad for operand in operands)
-            known = replace(TensorType.of(meta), device=operands[0].device, requires_grad=requires_grad, is_leaf=not requires_grad)
-            if any(1 in operand.shape for operand in operands):
-                # On meta tensors dimensions of size 1 may get other strides than on real ones: ask for no less than eager could give.
-                known = replace(known, stride=contiguous_strides(known.shape))
-        # Not connected to its operands in autograd's graph, which only differentiation inside of forward could tell; that asks for a trace with connections.
-        return make_fake(known)
-
-    def _check_modes(self) -> None:
-        if ambient_module.inner_state() != self._ambient:
-            raise self.fail("forward changes a mode on the way (autocast, inference mode, default dtype, checkpointing, torch.func)")
-        if torch.is_grad_enabled() != self._grad:
-            raise self.fail("the grad mode was switched in a way that no call shows (a custom autograd.Function, ...)")
-
-    def _written(self) -> tuple[int, ...]:
-        numbers = {self._storage(tensor) for tensor in self._net.written}
-        # Memory that came into being inside the call (workspace) is nobody's business outside of it.
-        known = {self._storage(entry.tensor) for entry in self._known.values()} if numbers else set()
-        return tuple(sorted(numbers & known))
-
-    def _write_call(self, func: Any, name: str, args: list[Any], kwargs: dict[str, Any]) -> fx.Node:
-        if getattr(func, "__name__", "") == "__get__":
-            return self.graph.call_function(getattr, (args[0], name))
-        for key in (func, name) if getattr(torch.Tensor, name, None) is func else (func,):
-            if key in _OPERATORS and not kwargs:
-                return self.graph.call_function(_OPERATORS[key], tuple(args))
-            if key in _REFLECTED:
-                return self.graph.call_function(_REFLECTED[key], (args[1], args[0]))
-        if getattr(torch.Tensor, name, None) is not func:
-            return self.graph.call_function(func, tuple(args), kwargs)
-        if name.startswith("__") and name.endswith("__"):
-            raise self.fail(f"forward uses {name}")
-        return self.graph.call_method(name, tuple(args), kwargs)
-
-    def _register(self, result: Any, node: fx.Node, written: tuple[int, ...]) -> None:
-        """Track the tensors in ``result``, which ``node`` gives."""
-        if isinstance(result, torch.Tensor):
-            known = self._known.get(id(result))
-            if known is None:
-                self._track(result, node, written=written)
-            else:
-                # In-place: the value is still the one of the first node, now with another place in autograd's graph.
-                known.grad_fn = _grad_fn(result)
-                stamp(node, self._facts(result, written=written))
-            self._refresh(written)
-            return
-        stamp(node, Facts(None, None, written, torch.is_grad_enabled(), self._movable, _user_line()))
-        self._refresh(written)
-        self._register_items(result, node)
-
-    def _register_items(self, result: Any, node: fx.Node) -> None:
-        items: Sequence[tuple[Any, Any]]
-        if isinstance(result, (tuple, list)):
-            items = list(enumerate(result))
-        elif isinstance(result, dict):
-            items = list(result.items())
-        else:
-            return
-        for key, item in items:
-            if isinstance(item, torch.Tensor):
-                if id(item) not in self._known:
-                    self._track(item, self.graph.call_function(operator.getitem, (node, key)))
-            elif isinstance(item, (tuple, list, dict)):
-                inner = self.graph.call_function(operator.getitem, (node, key))
-                stamp(inner, Facts(None, None, (), torch.is_grad_enabled(), self._movable, ""))
-                self._register_items(item, inner)
-
-    def _refresh(self, written: tuple[int, ...]) -> None:
-        """After a write, views of the written memory have a new ``grad_fn``: take it over."""
-        if written:
-            for known in self._known.values():
-                if self._storage(known.tensor) in written:
-                    known.grad_fn = _grad_fn(known.tensor)
-
-    def _switch_grad(self, enabled: bool, func: Any, args: Any, kwargs: Any) -> Any:
-        result = func(*args, **kwargs)
-        if enabled != self._grad:
-            self._grad = enabled
-            self._switched = True
-            node = self.graph.call_function(torch.set_grad_enabled, (enabled,))
-            # As if it wrote everything: nothing moves past it but what asks for the mode itself.
-            stamp(node, Facts(None, None, (), enabled, False, _user_line()))
-        return result
-
-    # -- live calls
-
-    def _live_call(self, live: nn.Module, shadow: nn.Module, path: Path, reason: str) -> Callable[..., Any]:
-        def call(*args: Any, **kwargs: Any) -> Any:
-            # The module's class decides what is called for a compiled module: the module inside it.
-            inner = shadow._orig_mod if hasattr(shadow, "_orig_mod") else shadow
-            if self._suspended:
-                return inner.forward(*args, **kwargs)
-            with self.paused():
-                return record(inner, args, kwargs)
-
-        def record(inner: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            taken = self._argument(list(args)), self._argument(dict(kwargs))
-            # Side effects of a live call are the live module's business; those of this run are undone.
-            self.shadows.restore_outer()
-            result = inner.forward(*args, **kwargs)
-            self.shadows.restore_outer(report=False)
-            found: list[Any] = []
-            flatten(result, found)
-            target = path_name(path)
-            if not all(isinstance(value, torch.Tensor) or is_constant(value) for value in found):
-                raise self.fail(f"{target} stays a live call because {reason}, and gives more than tensors and plain data")
-            types = tuple(TensorType.of(value) for value in found if isinstance(value, torch.Tensor))
-            if target not in self._modules:
-                self._modules[target] = stamp(self._read_node(target, path), Facts(None, None, (), self._grad, False, ""))
-            node = self.graph.call_function(LiveCall(target, types), (self._modules[target], *taken[0]), taken[1])
-            self._register(result, node, (EVERYTHING,))
-            return result
-
-        return call
-
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        """Run operations that are nobody's record: unseen by the recorder, let through by the net."""
-        self._suspended += 1
-        self._net.open += 1
-        try:
-            yield
-        finally:
-            self._suspended -= 1
-            self._net.open -= 1
-
-    # -- output
-
-    def _output(self, result: Any) -> Callable[[Sequence[Any]], Any] | None:
-        leaves: list[Any] = []
-        structure = flatten(result, leaves)
-        if self._returns_own_container(result):
-            raise UntraceableError("forward returns a list or dictionary that belongs to the module")
-        restore: Callable[[Sequence[Any]], Any] | None = None
-        if not all(isinstance(leaf, torch.Tensor) or is_constant(leaf) for leaf in leaves):
-            structure, leaves, restore = _registered(result)
-        nodes = [self._node(leaf) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
-        simple = all(isinstance(node, fx.Node) or type(node) in (int, bool, str, type(None)) for node in nodes)
-        if restore is None and simple and _only_basic(structure):
-            output = self.graph.output(unflatten(structure, nodes))
-            stamp(output, Facts())
-            return None
-        numbers = [number for number, node in enumerate(nodes) if isinstance(node, fx.Node)]
-        output = self.graph.output(tuple(nodes[number] for number in numbers))
-        stamp(output, Facts())
-        constants = [None if isinstance(node, fx.Node) else node for node in nodes]
-
-        def build(values: Sequence[Any]) -> Any:
-            filled = list(constants)
-            for number, value in zip(numbers, values, strict=True):
-                filled[number] = value
-            return restore(filled) if restore is not None else unflatten(structure, filled)
-
-        return build
-
-    def _returns_own_container(self, result: Any) -> bool:
-        if isinstance(result, (list, dict)) and self.shadows.owns(result):
-            return True
-        items = result.values() if isinstance(result, dict) else result if isinstance(result, (list, tuple)) else ()
-        return any(self._returns_own_container(item) for item in items)
-
-    def _erase_unused_reads(self) -> None:
-        """Items of a result that nothing uses were recorded only to have a name."""
-        for node in reversed(self.graph.nodes):
-            if node.target is operator.getitem and not node.users and facts(node.args[0]) is not None and facts(node.args[0]).type is None:  # type: ignore[arg-type, union-attr]
-                self.graph.erase_node(node)
-
-
-def _meta(fake: torch.Tensor) -> torch.Tensor:
-    with ambient_module.no_modes():
-        meta = torch.empty_strided(fake.shape, fake.stride(), dtype=fake.dtype, device="meta")
-        return meta.conj() if fake.is_conj() else meta
-
-
-def _replaced(args: Any, metas: dict[int, torch.Tensor]) -> Any:
-    if isinstance(args, torch.Tensor):
-        return metas[id(args)]
-    return type(args)(_replaced(item, metas) for item in args) if isinstance(args, (list, tuple)) else args
-
-
-def _is_held(reference: weakref.ref[torch.Tensor]) -> bool:
-    """Whether any Python object but the frame asking this refers to a tensor."""
-    tensor = reference()
-    return tensor is not None and any(not isinstance(holder, types.FrameType) for holder in gc.get_referrers(tensor))
-
-
-def _grad_fn(tensor: torch.Tensor) -> object:
-    try:
-        return tensor.grad_fn
-    except RuntimeError as error:
-        # A view made under no_grad whose base was written: eager raises this too, but only where the gradient is asked for.
-        return str(error)
-
-
-def _only_basic(structure: Structure | int) -> bool:
-    return isinstance(structure, int) or (structure.kind in (tuple, list, dict) and all(_only_basic(child) for child in structure.children))
-
-
-def _registered(result: Any) -> tuple[int, list[Any], Callable[[Sequence[Any]], Any]]:
-    """Leaves and rebuilding of a result in classes that torch's pytree knows (Hugging Face's ``ModelOutput``)."""
-    from torch.utils import _pytree
-
-    leaves, spec = _pytree.tree_flatten(result)
-    for leaf in leaves:
-        if not isinstance(leaf, torch.Tensor) and not is_constant(leaf):
-            kind = type(leaf)
-            raise UntraceableError(f"forward returns a {kind.__module__}.{kind.__qualname__}, a class that torch.utils._pytree does not know")
-    return 0, leaves, lambda values: _pytree.tree_unflatten(list(values), spec)
-
-
-def _name(func: Any) -> str:
-    """The name of a torch function; of a property, for its getter and setter."""
-    name = getattr(func, "__name__", type(func).__name__)
-    if name in ("__get__", "__set__", "__delete__"):
-        return str(getattr(func.__self__, "__name__", None) or getattr(getattr(func.__self__, "fget", None), "__name__", name))
-    return str(name)
-
-
-def _identifier(target: str) -> str:
-    text = "".join(char if char.isalnum() else "_" for char in target)
-    return text if text[:1].isalpha() or text[:1] == "_" else f"_{text}"

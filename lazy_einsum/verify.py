@@ -1,4 +1,6 @@
-"""``verify=True``: the first call of each signature also runs the child itself, and every stage's code where the two differ, to name the pass at fault."""
+"""``verify=True``: the first call of each signature also runs the child itself, and every stage's code where the
+two differ, to name the pass at fault.
+"""
 
 from __future__ import annotations
 
@@ -9,11 +11,12 @@ import torch
 from torch import nn
 
 from .errors import LazyEinsumError
+from .recorder import Trace
 from .signature import flatten
 from .specialize import Specialization, Stage, compile_graph, finish, read
-from .tracing import Trace
 
-# Relative to the largest value: sums in another order differ by rounding, which grows with the root of their length; these leave room for sums of a million terms.
+# Relative to the largest value: sums in another order differ by rounding, which grows with the root of their length;
+# these leave room for sums of a million terms.
 _TOLERANCE = {
     torch.float64: 1e-10,
     torch.complex128: 1e-10,
@@ -52,7 +55,13 @@ class Verifier:
         Raises:
             LazyEinsumError: it is not.
         """
-        expected = self._observe(lambda: self._child.forward(*self._args, **self._kwargs) if isinstance(self._child, nn.Module) else self._child(*self._args, **self._kwargs))
+        expected = self._observe(
+            lambda: (
+                self._child.forward(*self._args, **self._kwargs)
+                if isinstance(self._child, nn.Module)
+                else self._child(*self._args, **self._kwargs)
+            )
+        )
         self._restore()
         result: list[Any] = []
 
@@ -65,7 +74,8 @@ class Verifier:
             return result[0]
         inputs = values[: len(values) - len(entry._state)]
         raise LazyEinsumError(
-            f"{type(self._child).__name__}{entry.signature}: the specialized code gives another result than the module itself: {difference}; "
+            f"{type(self._child).__name__}{entry.signature}: the specialized code gives another result than the "
+            f"module itself: {difference}; "
             f"the first stage that does is {self._first_wrong(expected, inputs)!r} (see specializations[...].stages)"
         )
 
@@ -114,7 +124,9 @@ def _difference(expected: list[Any], found: list[Any]) -> str | None:
                 return f"value {number} is {b!r}, expected {a!r}"
             continue
         if a.dtype != b.dtype or a.shape != b.shape:
-            return f"value {number} is a {b.dtype} of shape {tuple(b.shape)}, expected {a.dtype} of shape {tuple(a.shape)}"
+            return (
+                f"value {number} is a {b.dtype} of shape {tuple(b.shape)}, expected {a.dtype} of shape {tuple(a.shape)}"
+            )
         if a.numel() == 0:
             continue
         tolerance = _TOLERANCE.get(a.dtype)
@@ -127,7 +139,6 @@ def _difference(expected: list[Any], found: list[Any]) -> str | None:
         finite = a.abs()[torch.isfinite(a.abs())]
         scale = float(finite.max()) if finite.numel() else 1.0
         if not torch.allclose(a, b, rtol=tolerance, atol=tolerance * max(scale, 1e-30), equal_nan=True):
-            return f"value {number} differs by up to {float((a - b).abs().nan_to_num().max()):.3g}, where values are up to {scale:.3g}"
+            gap = float((a - b).abs().nan_to_num().max())
+            return f"value {number} differs by up to {gap:.3g}, where values are up to {scale:.3g}"
     return None
-
-

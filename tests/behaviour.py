@@ -96,7 +96,9 @@ def _snapshot(tensor: Tensor) -> Tensor:
 
 
 def _layout(tensor: Tensor) -> tuple[Any, ...]:
-    return (tuple(tensor.shape), tensor.stride(), tensor.storage_offset())
+    # The stride of a dimension of size 1 is never used, and eager itself gives this or that.
+    strides = tuple(0 if size == 1 else step for size, step in zip(tensor.shape, tensor.stride()))
+    return (tuple(tensor.shape), strides, tensor.storage_offset())
 
 
 def _memory(tensor: Tensor) -> int | None:

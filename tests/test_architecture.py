@@ -20,6 +20,7 @@ RANKS = {
     "plan": 2,
     "ambient": 2,
     "layout": 2,
+    "surroundings": 2,
     "program": 3,
     "kernels": 4,
     "graph": 3,

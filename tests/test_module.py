@@ -18,7 +18,15 @@ import torch
 from torch import Tensor, nn
 
 import lazy_einsum
-from lazy_einsum import CacheInfo, CacheThrashWarning, FallbackWarning, LazyEinsumError, MemoryLimitError, OptimizedModule, UntraceableError
+from lazy_einsum import (
+    CacheInfo,
+    CacheThrashWarning,
+    FallbackWarning,
+    LazyEinsumError,
+    MemoryLimitError,
+    OptimizedModule,
+    UntraceableError,
+)
 
 einsum = torch.einsum
 
@@ -107,7 +115,18 @@ def test_what_is_in_the_key(change: str) -> None:
 
 @pytest.mark.parametrize(
     ("first", "second"),
-    [(1, 1.0), (1, True), (0.0, -0.0), (0, False), ((1,), (1.0,)), ([1], (1,)), (torch.float32, torch.float64), ("a", b"a"), (1, 1 + 0j), (None, False)],
+    [
+        (1, 1.0),
+        (1, True),
+        (0.0, -0.0),
+        (0, False),
+        ((1,), (1.0,)),
+        ([1], (1,)),
+        (torch.float32, torch.float64),
+        ("a", b"a"),
+        (1, 1 + 0j),
+        (None, False),
+    ],
 )
 def test_constants_differ_by_type_and_bits(first: Any, second: Any) -> None:
     class Kind(nn.Module):
@@ -179,7 +198,9 @@ def test_parameters_are_live() -> None:
     check(wrapped, x)
     wrapped.module.inner = nn.Linear(5, 5).double()
     check(wrapped, x)
-    wrapped.load_state_dict({name: torch.randn_like(value) for name, value in wrapped.state_dict().items()}, assign=True)
+    wrapped.load_state_dict(
+        {name: torch.randn_like(value) for name, value in wrapped.state_dict().items()}, assign=True
+    )
     check(wrapped, x)
     with torch.no_grad():
         wrapped.module.b.add_(1)
@@ -187,7 +208,9 @@ def test_parameters_are_live() -> None:
     new = {"w": torch.randn(4, 5, dtype=torch.float64, requires_grad=True)}
     for module in (wrapped, wrapped.module):
         torch.func.functional_call(module, new, (x,))
-    torch.testing.assert_close(torch.func.functional_call(wrapped, new, (x,)), torch.func.functional_call(wrapped.module, new, (x,)))
+    torch.testing.assert_close(
+        torch.func.functional_call(wrapped, new, (x,)), torch.func.functional_call(wrapped.module, new, (x,))
+    )
     assert misses(wrapped) == 2  # one for a plain tensor in the place of a parameter
 
 
@@ -224,7 +247,13 @@ def test_same_tensor_twice_and_views() -> None:
             return x * y
 
     wrapped = OptimizedModule(Add(), on_untraceable="ignore")
-    for make in (lambda x: (x, x), lambda x: (x, x.clone()), lambda x: (x, x[:]), lambda x: (x[1:], x[:-1]), lambda x: (x, x)):
+    for make in (
+        lambda x: (x, x),
+        lambda x: (x, x.clone()),
+        lambda x: (x, x[:]),
+        lambda x: (x[1:], x[:-1]),
+        lambda x: (x, x),
+    ):
         x = x34()
         y = x.clone()
         assert torch.equal(wrapped(*make(x)), wrapped.module(*make(y))) and torch.equal(x, y)
@@ -269,7 +298,12 @@ def test_misses_are_logged_with_their_reason(caplog: pytest.LogCaptureFixture) -
     reasons = [record.getMessage() for record in caplog.records]
     for reason, text in zip(
         reasons,
-        ("first call", "argument 0: f64[2, 4] here, f64[3, 4] there", "self.scale: 3.0 here, 2.0 there", "self.inner.weight: f64[5, 5] here"),
+        (
+            "first call",
+            "argument 0: f64[2, 4] here, f64[3, 4] there",
+            "self.scale: 3.0 here, 2.0 there",
+            "self.inner.weight: f64[5, 5] here",
+        ),
         strict=True,
     ):
         assert reason.startswith("Layer: miss for (f64[") and text in reason
@@ -408,7 +442,9 @@ def test_callables() -> None:
 
 
 def test_threads() -> None:
-    """Cold and warm, mixed shapes: right answers, each specialization built once, no update lost, the child usable meanwhile."""
+    """Cold and warm, mixed shapes: right answers, each specialization built once, no update lost, the child usable
+    meanwhile.
+    """
     wrapped = OptimizedModule(Layer())
     inputs = [x34(rows) for rows in range(1, 6)]
     expected = [wrapped.module(x) for x in inputs]
@@ -436,7 +472,15 @@ def test_threads() -> None:
 
 
 @pytest.mark.parametrize(
-    "optimize", ["greedy", "optimal", "dp", "branch-2", opt_einsum.RandomGreedy(max_repeats=4), lambda inputs, output, sizes, limit: [(0, 1, 2)]]
+    "optimize",
+    [
+        "greedy",
+        "optimal",
+        "dp",
+        "branch-2",
+        opt_einsum.RandomGreedy(max_repeats=4),
+        lambda inputs, output, sizes, limit: [(0, 1, 2)],
+    ],
 )
 def test_optimize(optimize: Any) -> None:
     wrapped = OptimizedModule(lambda x, y, z: einsum("ij,jk,kl->il", x, y, z), optimize=optimize)

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from equations import ROWS, Row, equations, make_operands, row_id
 from hypothesis import given
 from hypothesis import strategies as st
+from oracle import loops
 
 from lazy_einsum.errors import EquationError
 from lazy_einsum.spec import EinsumSpec, symbol
-
-from equations import ROWS, Row, equations, make_operands, row_id
-from oracle import loops
 
 
 def parse(row: Row) -> EinsumSpec:

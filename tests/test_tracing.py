@@ -1,4 +1,6 @@
-"""The hazards of tracing, one row each: code that a trace can represent, and code that it must refuse, with the reason and the user's line."""
+"""The hazards of tracing, one row each: code that a trace can represent, and code that it must refuse, with the
+reason and the user's line.
+"""
 
 from __future__ import annotations
 

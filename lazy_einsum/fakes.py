@@ -1,0 +1,84 @@
+"""Fake tensors: types without data, on which ``forward`` runs while it is traced."""
+
+from __future__ import annotations
+
+import gc
+import types
+import weakref
+from typing import Any
+
+import torch
+from torch import nn
+
+from . import ambient as ambient_module
+from .errors import UntraceableError
+from .signature import TensorType
+
+
+def fake_mode() -> Any:
+    """A mode in which tensors have types but no data. (Meta tensors, the public alternative, lose the device; this
+    one has lain in torch._subclasses since 1.13.)
+    """
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    return FakeTensorMode(allow_non_fake_inputs=False)
+
+
+def is_fake(value: torch.Tensor) -> bool:
+    """Whether ``value`` has no data."""
+    from torch._subclasses.fake_tensor import FakeTensor
+
+    return isinstance(value, FakeTensor)
+
+
+def make_fake(known: TensorType) -> torch.Tensor:
+    """A tensor of type ``known``; called inside of ``fake_mode()``."""
+    if known.is_inference and not torch.is_inference_mode_enabled():
+        raise UntraceableError("a tensor made in inference mode is used outside of it")
+    with torch.inference_mode(known.is_inference), torch.enable_grad():
+        fake = torch.empty_strided(known.shape, known.stride, dtype=known.dtype, device=known.device)
+        if known.is_conj:
+            fake = fake.conj()
+        if known.is_neg:
+            fake = torch._neg_view(fake)
+        if known.is_parameter:
+            return nn.Parameter(fake, requires_grad=known.requires_grad)
+        if not known.requires_grad:
+            return fake
+        fake.requires_grad_()
+        if known.is_leaf:
+            return fake
+        result = fake.clone()
+        if result.stride() != fake.stride():
+            result = result.as_strided(known.shape, known.stride) if known.numel <= result.numel() else result
+        return result
+
+
+def meta_like(fake: torch.Tensor) -> torch.Tensor:
+    """A meta tensor of the same shape, strides and dtype: operations on it are ten times as fast as on a fake."""
+    with ambient_module.no_modes():
+        meta = torch.empty_strided(fake.shape, fake.stride(), dtype=fake.dtype, device="meta")
+        return meta.conj() if fake.is_conj() else meta
+
+
+def with_metas(args: Any, metas: dict[int, torch.Tensor]) -> Any:
+    """Nested arguments with the tensors of ``metas`` (by the id of the fake) in the places of fakes."""
+    if isinstance(args, torch.Tensor):
+        return metas[id(args)]
+    return type(args)(with_metas(item, metas) for item in args) if isinstance(args, (list, tuple)) else args
+
+
+def is_held(reference: weakref.ref[torch.Tensor]) -> bool:
+    """Whether any Python object but the frame asking this refers to a tensor."""
+    tensor = reference()
+    return tensor is not None and any(not isinstance(holder, types.FrameType) for holder in gc.get_referrers(tensor))
+
+
+def grad_fn_of(tensor: torch.Tensor) -> object:
+    """The node of autograd's graph that gives ``tensor``, or what autograd says where it refuses to tell."""
+    try:
+        return tensor.grad_fn
+    except RuntimeError as error:
+        # A view made under no_grad whose base was written: eager raises this too, but only where the gradient is
+        # asked for.
+        return str(error)

@@ -1,0 +1,233 @@
+"""Faults planted in a copy of the package, to prove that the random programs find such faults.
+
+Each is a substitution in the source, so that it stands for what a person could have written. One whose text is no
+longer there fails its test: it has to follow the code.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """One fault: replacements ``(file, before, after)`` in files of the package."""
+
+    name: str
+    edits: tuple[tuple[str, str, str], ...]
+    profile: str = "everything"
+
+
+def _one(name: str, file: str, before: str, after: str, profile: str = "everything") -> Mutant:
+    return Mutant(name, ((file, before, after),), profile)
+
+
+_CHECK = "    check: Callable[..., bool] = guards.check\n    return check\n"
+
+
+def _check_without(part: str) -> str:
+    """A test of tensors in place of the C++ one, without one of its parts."""
+    parts = {
+        "shape": "tuple(t.shape) == k.shape",
+        "dtype": "t.dtype == k.dtype",
+        "strides": "TensorType.of(t).stride == k.stride",
+        "requires_grad": "t.requires_grad == k.requires_grad",
+        "class": "isinstance(t, torch.Tensor)",
+    }
+    kept = " and ".join(text for name, text in parts.items() if name != part)
+    return f"    return lambda *tensors: all({kept} for t, k in zip(tensors, types, strict=True))\n"
+
+
+MUTANTS = [
+    _one(
+        "a factor of both operands enters once, not squared",
+        "passes/fuse_scalars.py",
+        "for operand, degree in linear.operands:\n            if operand in self.scaled:",
+        "for operand, degree in dict(linear.operands).items():\n            if operand in self.scaled:",
+        "pure",
+    ),
+    _one(
+        "the factor of a denominator is not inverted",
+        "scalars.py",
+        "((top, 1), (bottom, -1))",
+        "((top, 1), (bottom, 1))",
+        "pure",
+    ),
+    _one(
+        "a number over a scaled tensor multiplies by the scale",
+        "scalars.py",
+        "Linear(factor, ((bottom, -1),))",
+        "Linear(factor, ((bottom, 1),))",
+        "pure",
+    ),
+    _one("division by an integer multiplies", "scalars.py", "factor.power(-1) if factor", "factor if factor", "pure"),
+    _one("negation is forgotten", "scalars.py", "Factor(Fraction(-1), int)", "Factor(Fraction(1), int)", "pure"),
+    _one(
+        "an integer factor stays an integer when it is inverted",
+        "scalars.py",
+        "kind = float if self.kind is int and degree < 0 else self.kind",
+        "kind = self.kind",
+        "pure",
+    ),
+    _one(
+        "a number that turns integers into floats moves like any other",
+        "passes/fuse_scalars.py",
+        "if linear.only_scales and dtype_of(linear.operands[0][0]) != dtype_of(node):",
+        "if False:",
+    ),
+    _one(
+        "writes in place are not seen",
+        "graph.py",
+        "        if not self._writes:\n            return False\n        known",
+        "        return False\n        known",
+    ),
+    _one(
+        "operands that are written after autograd kept them",
+        "graph.py",
+        "None if may_require_grad(end) else end)",
+        "end)",
+    ),
+    _one(
+        "work moves into another grad mode",
+        "graph.py",
+        "return a.movable and b.movable and a.grad == b.grad",
+        "return a.movable and b.movable",
+    ),
+    _one(
+        "a region without gradients is lost when its factors cancel",
+        "passes/fuse_scalars.py",
+        "may_require_grad(value.core) == may_require_grad(node)",
+        "True",
+    ),
+    _one(
+        "factors that cancel give the operand itself",
+        "passes/fuse_scalars.py",
+        "if value.factor.value == 1 and value.private and same_type:",
+        "if value.factor.value == 1 and same_type:",
+        "pure",
+    ),
+    _one(
+        "labels that an inlined einsum sums capture those of the outer one",
+        "spec.py",
+        'free = fresh_symbols("".join(self.inputs))',
+        'free = fresh_symbols("")',
+        "pure",
+    ),
+    _one(
+        "size-1 broadcasting is ignored",
+        "spec.py",
+        "if sizes.get(label, 1) == 1:",
+        "if label not in sizes:",
+        "pure",
+    ),
+    _one(
+        "the order of the output is dropped",
+        "passes/lower.py",
+        "if order is not None and order != tuple(range(len(order))):",
+        "if False:",
+        "pure",
+    ),
+    _one(
+        "a result that was contiguous is not",
+        "passes/lower.py",
+        "contiguous=order is not None, scale=number",
+        "contiguous=False, scale=number",
+        "pure",
+    ),
+    _one(
+        "a second scaling of one network replaces the first",
+        "passes/lower.py",
+        "factor = self.factor.times(linear.factor)",
+        "factor = linear.factor",
+        "pure",
+    ),
+    _one(
+        "single use is counted by users in the lowering",
+        "passes/lower.py",
+        "found = self.pair(operand) if uses(operand) == 1 and",
+        "found = self.pair(operand) if len(operand.users) == 1 and",
+        "pure",
+    ),
+    _one(
+        "the last step of a contraction order is transposed",
+        "passes/choose_paths.py",
+        "*(values[number] for number in last.operands)",
+        "*(values[number] for number in reversed(last.operands))",
+        "pure",
+    ),
+    _one("a key without shapes", "ambient.py", _CHECK, _check_without("shape")),
+    _one("a key without dtypes", "ambient.py", _CHECK, _check_without("dtype")),
+    _one("a key without strides", "ambient.py", _CHECK, _check_without("strides")),
+    _one("a key without requires_grad", "ambient.py", _CHECK, _check_without("requires_grad")),
+    Mutant(
+        "a key without the types of constants",
+        (
+            ("signature.py", "self._key = (type(value), _bits(value))", "self._key = (_bits(value),)"),
+            ("state.py", "elif type(value) in (int, float, str, bytes):", "elif type(value) in (int, float):"),
+            (
+                "state.py",
+                ' and type({variable}) is {type(value).__name__}")',
+                '")',
+            ),
+        ),
+    ),
+    _one(
+        "a key without the mode of training",
+        "state.py",
+        "    elif isinstance(found, Constant):\n",
+        '    elif path[-1][1] == "training":\n        pass\n    elif isinstance(found, Constant):\n',
+    ),
+    _one(
+        "a key without the grad mode",
+        "state.py",
+        "    writer.require(f\"{writer.name(torch.is_grad_enabled)}() is {modes['grad']}\")\n",
+        "",
+    ),
+]
+
+
+def plant(mutant: Mutant, folder: Path) -> Path:
+    """Copy the package into ``folder`` with the fault in it; the folder to import from."""
+    shutil.copytree(ROOT / "lazy_einsum", folder / "lazy_einsum", ignore=shutil.ignore_patterns("__pycache__"))
+    for file, before, after in mutant.edits:
+        path = folder / "lazy_einsum" / file
+        text = path.read_text()
+        if text.count(before) != 1:
+            raise ValueError(
+                f"mutant {mutant.name!r}: {file} holds {before!r} {text.count(before)} times, expected once"
+            )
+        path.write_text(text.replace(before, after))
+    return folder
+
+
+def hunt(mutant: Mutant, folder: Path, count: int = 2000) -> subprocess.CompletedProcess[str]:
+    """Run random programs against the planted fault in a process of its own, until one fails or ``count`` passed."""
+    source = plant(mutant, folder)
+    command = [sys.executable, str(ROOT / "tests" / "fuzzer.py"), "--profile", mutant.profile, "--count", str(count)]
+    environment = {**os.environ, "PYTHONPATH": str(source), "OMP_NUM_THREADS": "1"}
+    return subprocess.run([*command, "--stop", "1"], capture_output=True, text=True, env=environment, cwd=folder)
+
+
+def main() -> None:
+    """Print after how many programs each fault is found."""
+    import tempfile
+
+    for mutant in MUTANTS:
+        if len(sys.argv) > 1 and sys.argv[1] not in mutant.name:
+            continue
+        with tempfile.TemporaryDirectory() as folder:
+            done = hunt(mutant, Path(folder))
+        last = done.stdout.strip().splitlines()[-1] if done.stdout.strip() else done.stderr[-500:]
+        first = next((line for line in done.stdout.splitlines() if line.startswith("--- ")), "")
+        print(f"{mutant.name:75} {last}  {first[:110]}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,350 @@
+"""Lowering: right for all layouts and dtypes, as few calls as promised, and no surprise about the result."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from equations import ROWS, Row, equations, make_operands, row_id
+from hypothesis import given
+from hypothesis import strategies as st
+from oracle import loops
+
+from lazy_einsum.kernels import lower, lower_plan
+from lazy_einsum.layout import elementwise_strides
+from lazy_einsum.plan import make_plan
+from lazy_einsum.program import Program, Value, compile_program, run
+from lazy_einsum.signature import TensorType
+from lazy_einsum.spec import EinsumSpec
+
+
+def parse(row: Row) -> EinsumSpec:
+    return EinsumSpec.parse(row.equation, [len(shape) for shape in row.shapes])
+
+
+def program_of(equation: str, operands: Sequence[torch.Tensor], **options: Any) -> Program:
+    spec = EinsumSpec.parse(equation, [operand.dim() for operand in operands])
+    types = [TensorType.of(operand) for operand in operands]
+    if len(operands) <= 2:
+        return lower(spec, types, **options)
+    return lower_plan(make_plan(spec, [operand.shape for operand in operands]), types, **options)
+
+
+def targets(program: Program) -> list[str]:
+    return [call.target for call in program.calls]
+
+
+def normal_strides(shape: Sequence[int], strides: Sequence[int]) -> list[int]:
+    """Strides where they matter."""
+    return [0 if size == 1 or 0 in shape else stride for size, stride in zip(shape, strides, strict=True)]
+
+
+def check(equation: str, operands: Sequence[torch.Tensor], tolerance: float = 1e-10) -> None:
+    spec = EinsumSpec.parse(equation, [operand.dim() for operand in operands])
+    expected = loops(spec, operands)
+    for contiguous in (False, True):
+        program = program_of(equation, operands, contiguous=contiguous)
+        result = compile_program(program)(*operands)
+        if not operands[0].dtype.is_floating_point and spec.lone([operand.shape for operand in operands]):
+            # As torch: sums over one operand of small integers are of int64.
+            expected = expected.to(result.dtype)
+        torch.testing.assert_close(result, expected, rtol=tolerance, atol=tolerance)
+        torch.testing.assert_close(run(program, operands), result, rtol=0, atol=0)
+        assert tuple(result.shape) == program.shape
+        assert normal_strides(result.shape, result.stride()) == normal_strides(program.shape, program.stride)
+        assert result.is_contiguous() or not contiguous
+        assert not any(result is operand for operand in operands)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.int64, torch.complex128], ids=str)
+@pytest.mark.parametrize("item", ROWS, ids=row_id)
+def test_lowered_rows(item: tuple[str, Row], dtype: torch.dtype) -> None:
+    row = item[1]
+    check(row.equation, make_operands(row.shapes, dtype))
+    for seed in range(3):
+        check(row.equation, make_operands(row.shapes, dtype, seed, strided=True))
+
+
+@given(equations(), st.sampled_from([torch.float64, torch.int64, torch.int32, torch.complex128]), st.integers(0, 9))
+def test_random_equations(row: Row, dtype: torch.dtype, seed: int) -> None:
+    operands = make_operands(row.shapes, dtype, seed, strided=True)
+    if dtype == torch.int32 and parse(row).lone(row.shapes):
+        return
+    check(row.equation, operands)
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int16, torch.int8, torch.uint8], ids=str)
+def test_small_integers_wrap_as_in_torch(dtype: torch.dtype) -> None:
+    for _, row in ROWS:
+        operands = make_operands(row.shapes, torch.int64)
+        operands = [(operand * 37).to(dtype) for operand in operands]
+        if len(operands) > 1 and parse(row).lone(row.shapes):
+            continue
+        result = run(program_of(row.equation, operands), operands)
+        expected = torch.einsum(row.equation, *operands)
+        assert result.dtype == expected.dtype
+        assert torch.equal(result, expected)
+
+
+@pytest.mark.parametrize("shape", [(64, 4, 5), (3, 16, 16), (40, 2, 1)])
+def test_integers_wrap_whatever_the_kernel(shape: tuple[int, int, int]) -> None:
+    batch, rows, columns = shape
+    for equation in ("zab,zb->za", "zab,zab->z", "zab,zcb->zac", "zab,zab->a"):
+        terms = equation.split("->")[0].split(",")
+        sizes = {"z": batch, "a": rows, "b": columns, "c": 3}
+        for dtype in (torch.int8, torch.int32, torch.int64):
+            top = torch.iinfo(dtype).max
+            operands = [torch.randint(top // 2, top, [sizes[label] for label in term]).to(dtype) for term in terms]
+            assert torch.equal(run(program_of(equation, operands), operands), torch.einsum(equation, *operands))
+
+
+def test_bool_is_refused_where_torch_refuses_it() -> None:
+    for _, row in ROWS:
+        operands = [torch.ones(shape, dtype=torch.bool) for shape in row.shapes]
+        if len(operands) > 2:
+            continue
+        try:
+            expected = torch.einsum(row.equation, *operands)
+        except RuntimeError:
+            with pytest.raises(RuntimeError):
+                run(program_of(row.equation, operands), operands)
+        else:
+            result = run(program_of(row.equation, operands), operands)
+            assert result.dtype == expected.dtype
+            assert torch.equal(result, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("equation", "shapes"),
+    [
+        ("a,a->", [(512,), (512,)]),
+        ("ab,b->a", [(7, 512), (512,)]),
+        ("ab,ab->", [(16, 32), (16, 32)]),
+        ("zab,zb->za", [(64, 8, 16), (64, 16)]),
+        ("za,za->z", [(64, 16), (64, 16)]),
+        ("za,zab->zb", [(64, 16), (64, 16, 16)]),
+        ("zij,zjk,zk->zi", [(64, 8, 4), (64, 4, 5), (64, 5)]),
+    ],
+)
+def test_half_precision_is_as_accurate_as_torch(
+    equation: str, shapes: list[tuple[int, ...]], dtype: torch.dtype
+) -> None:
+    generator = torch.Generator().manual_seed(1)
+    operands = [torch.rand(shape, generator=generator).to(dtype) + 0.5 for shape in shapes]
+    exact = torch.einsum(equation, *(operand.double() for operand in operands))
+    result = run(program_of(equation, operands), operands)
+    eager = torch.einsum(equation, *operands)
+    assert result.dtype == dtype
+    bound = (eager.double() - exact).abs().max() + exact.abs().max() * torch.finfo(dtype).eps
+    assert (result.double() - exact).abs().max() <= bound
+
+
+def test_half_precision_does_not_overflow_where_torch_does_not() -> None:
+    one = torch.tensor([300.0, 300.0], dtype=torch.float16)
+    other = torch.tensor([300.0, -300.0], dtype=torch.float16)
+    for equation, operands in (
+        ("a,a->", [one, other]),
+        ("za,za->z", [one.expand(4, 2), other.expand(4, 2)]),
+        ("za,zab->zb", [one.expand(4, 2), other[:, None].expand(4, 2, 3)]),
+    ):
+        result = run(program_of(equation, operands), operands)
+        assert torch.equal(result, torch.einsum(equation, *operands))
+
+
+@pytest.mark.parametrize(
+    ("equation", "shapes", "expected"),
+    [
+        ("ab,bc->ac", [(3, 4), (4, 5)], ["mm"]),
+        ("ab,cb->ac", [(3, 4), (5, 4)], ["permute", "mm"]),
+        ("ba,bc->ca", [(4, 3), (4, 5)], ["permute", "mm"]),
+        ("ab,b->a", [(3, 4), (4,)], ["mv"]),
+        ("b,ab->a", [(4,), (3, 4)], ["mv"]),
+        ("a,a->", [(4,), (4,)], ["dot"]),
+        ("zab,zbc->zac", [(9, 3, 4), (9, 4, 5)], ["bmm"]),
+        ("ab,ab->ab", [(3, 4), (3, 4)], ["mul"]),
+        ("ab,b->ab", [(3, 4), (4,)], ["mul"]),
+        ("a,b->ab", [(3,), (4,)], ["reshape", "mul"]),
+        (",ab->ab", [(), (3, 4)], ["mul"]),
+        ("ab->ba", [(3, 4)], ["permute"]),
+        ("ab->ab", [(3, 4)], ["permute"]),
+        ("ab->a", [(3, 4)], ["sum"]),
+        ("ab->", [(3, 4)], ["sum"]),
+        ("aa->a", [(3, 3)], ["diagonal"]),
+        ("aa->", [(3, 3)], ["diagonal", "sum"]),
+        ("ab,bc,cd->ad", [(3, 4), (4, 5), (5, 2)], ["mm", "mm"]),
+        ("abc,cd->abd", [(3, 4, 5), (5, 6)], ["reshape", "mm", "reshape"]),
+        ("zij,zjk,zk->zi", [(1000, 8, 4), (1000, 4, 5), (1000, 5)], ["reshape", "bmm", "bmm", "reshape"]),
+    ],
+)
+def test_the_fewest_calls(equation: str, shapes: list[tuple[int, ...]], expected: list[str]) -> None:
+    operands = [torch.randn(shape) for shape in shapes]
+    assert targets(program_of(equation, operands, contiguous=len(operands) > 1)) == expected
+
+
+def copies(program: Program, operands: Sequence[torch.Tensor]) -> list[str]:
+    """Calls of reshape that had to copy, and all other copies."""
+    values, found = list(operands), []
+    for call in program.calls:
+        receiver, *rest = [values[arg.number] if isinstance(arg, Value) else arg for arg in call.args]
+        values.append(getattr(receiver, call.target)(*rest, **dict(call.kwargs)))
+        same = values[-1].untyped_storage().data_ptr() == receiver.untyped_storage().data_ptr()
+        if call.target in ("reshape", "contiguous", "clone") and not same:
+            found.append(call.target)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("equation", "shapes"),
+    [
+        # Both orders of each intermediate are possible; only one spares the copy.
+        ("abc,cd,bde->ae", [(20, 30, 40), (40, 50), (30, 50, 90)]),
+        ("abc,cd,dbe->ae", [(20, 30, 40), (40, 50), (50, 30, 90)]),
+        ("abc,ad,be,cf->def", [(20, 21, 22), (20, 23), (21, 24), (22, 25)]),
+        ("ijkl,ip,jq,kr,ls->pqrs", [(12, 12, 12, 12), (12, 2), (12, 3), (12, 5), (12, 7)]),
+        ("efbad,cf->abcde", [(16, 24, 16, 16, 16), (24, 24)]),
+        ("ab,bc,cd,de->ea", [(40, 30), (30, 50), (50, 20), (20, 60)]),
+        ("zab,zbc,zcd->zad", [(9, 20, 30), (9, 30, 20), (9, 20, 40)]),
+    ],
+)
+def test_intermediates_are_laid_out_for_their_use(equation: str, shapes: list[tuple[int, ...]]) -> None:
+    operands = [torch.randn(shape) for shape in shapes]
+    assert copies(program_of(equation, operands), operands) == []
+
+
+def test_single_operands_without_a_sum_are_views() -> None:
+    for _, row in ROWS:
+        if not parse(row).is_view_only:
+            continue
+        (operand,) = make_operands(row.shapes, torch.float64)
+        program = program_of(row.equation, [operand])
+        assert set(targets(program)) <= {"permute", "diagonal"}
+        result = run(program, [operand])
+        assert result is not operand
+        assert result._base is operand
+        assert normal_strides(result.shape, result.stride()) == normal_strides(
+            result.shape, torch.einsum(row.equation, operand).stride()
+        )
+
+
+def test_everything_else_is_fresh() -> None:
+    for _, row in ROWS:
+        operands = make_operands(row.shapes, torch.float64)
+        if parse(row).is_view_only or 0 in [operand.numel() for operand in operands]:
+            continue
+        result = run(program_of(row.equation, operands), operands)
+        for operand in operands:
+            assert result.untyped_storage().data_ptr() != operand.untyped_storage().data_ptr()
+
+
+@pytest.mark.parametrize("item", ROWS, ids=row_id)
+def test_gradients(item: tuple[str, Row]) -> None:
+    row = item[1]
+    operands = [operand.requires_grad_() for operand in make_operands(row.shapes, torch.float64)]
+    function = compile_program(program_of(row.equation, operands))
+
+    def derivatives(result: torch.Tensor) -> list[torch.Tensor]:
+        weights = torch.linspace(-1, 1, result.numel(), dtype=torch.float64).reshape(result.shape)
+        first = torch.autograd.grad((result * weights).sum() + result.pow(2).sum(), operands, create_graph=True)
+        second = torch.autograd.grad(sum(gradient.pow(2).sum() for gradient in first), operands)
+        return [*first, *second]
+
+    expected = derivatives(torch.einsum(row.equation, *operands))
+    for gradient, reference in zip(derivatives(function(*operands)), expected, strict=True):
+        torch.testing.assert_close(gradient, reference, rtol=1e-9, atol=1e-9)
+
+
+def test_no_operand_is_expanded_over_a_batch_under_autograd() -> None:
+    # The gradient of the expanded operand would be as large as all batches together.
+    operands = [torch.randn(16, 24, 16, 16, 16), torch.randn(24, 24)]
+    assert "expand" in targets(program_of("efbad,cf->abcde", operands))
+    operands[1].requires_grad_()
+    assert "expand" not in targets(program_of("efbad,cf->abcde", operands))
+
+
+def test_a_label_inside_a_merged_dimension_can_be_summed() -> None:
+    # Not from a plan of ours, which sums such a label earlier; a chain of einsums that stays as written has it.
+    spec = EinsumSpec.parse("abx,xcd,be->ce", [3, 3, 2])
+    operands = make_operands(((2, 3, 4), (4, 5, 2), (3, 6)), torch.float64)
+    from lazy_einsum.plan import Contraction, Plan
+
+    first = EinsumSpec(("abx", "xcd"), "abcd")
+    second = EinsumSpec(("abcd", "be"), "ce")
+    shapes = tuple(tuple(operand.shape) for operand in operands)
+    steps = (
+        Contraction((0, 1), first, shapes[:2], (2, 3, 5, 2), 0),
+        Contraction((3, 2), second, ((2, 3, 5, 2), shapes[2]), (5, 6), 0),
+    )
+    plan = Plan(spec, shapes, steps, 0, 0, 0.0, 0, "given")
+    program = lower_plan(plan, [TensorType.of(operand) for operand in operands])
+    torch.testing.assert_close(run(program, operands), loops(spec, operands))
+
+
+@pytest.mark.parametrize("item", ROWS, ids=row_id)
+def test_scale(item: tuple[str, Row]) -> None:
+    row = item[1]
+    for dtype, scale in ((torch.float64, 2.5), (torch.int64, 3), (torch.complex128, 1 - 2j), (torch.float64, -2)):
+        operands = make_operands(row.shapes, dtype)
+        program = program_of(row.equation, operands, contiguous=True, scale=scale)
+        result = run(program, operands)
+        torch.testing.assert_close(result, loops(parse(row), operands) * scale, rtol=1e-10, atol=1e-10)
+        assert result.is_contiguous()
+
+
+def test_scale_goes_to_the_fewest_elements() -> None:
+    def scaled(equation: str, *shapes: tuple[int, ...], dtype: torch.dtype = torch.float32, scale: Any = 0.5) -> Any:
+        operands = [torch.ones(shape).to(dtype) for shape in shapes]
+        program = program_of(equation, operands, scale=scale)
+        place = next(
+            number for number, call in enumerate(program.calls) if call.target == "mul" and call.args[1] == scale
+        )
+        rest = {call.target for call in program.calls[place + 1 :]}
+        return "result" if rest <= {"reshape", "permute"} else program.calls[place].args[0].number
+
+    assert scaled("ab,bc->ac", (100, 90), (90, 2)) == 1
+    assert scaled("ab,bc->ac", (4, 100), (100, 40)) == "result"
+    assert scaled("ab,bc,cd->ad", (100, 50), (50, 2), (2, 100)) == 1
+    assert scaled("a,b->ab", (3,), (4,)) == 0
+    # Where the factor changes the type, or could leave the range of a narrow type, it stays on the result.
+    assert scaled("ab,bc->ac", (100, 3), (3, 100), dtype=torch.int64) == "result"
+    assert scaled("ab,bc->ac", (100, 3), (3, 100), dtype=torch.float16) == "result"
+    assert scaled("ab,bc->ac", (100, 3), (3, 100), scale=0.5j) == "result"
+
+
+def test_programs_promote_as_a_factor_on_the_result() -> None:
+    operands = make_operands(((3, 4), (4, 5)), torch.int64)
+    result = run(program_of("ab,bc->ac", operands, scale=0.5), operands)
+    torch.testing.assert_close(result, torch.einsum("ab,bc->ac", *operands) * 0.5)
+
+
+def test_lower_takes_two_operands_at_most() -> None:
+    types = [TensorType.of(torch.ones(2, 2))] * 3
+    with pytest.raises(ValueError, match="lower_plan"):
+        lower(EinsumSpec.parse("ab,bc,cd->ad", [2, 2, 2]), types)
+
+
+def test_intermediates_are_freed_and_source_is_shared() -> None:
+    operands = [torch.randn(4, 5), torch.randn(5, 6), torch.randn(6, 7), torch.randn(7, 9)]
+    program = program_of("ab,bc,cd,de->ae", operands)
+    assert targets(program) == ["mm", "mm", "mm"]
+    assert program.source.count("del ") == 1
+    assert compile_program(program) is compile_program(program_of("xy,yz,zw,wv->xv", operands))
+
+
+@given(st.data())
+def test_strides_of_elementwise_results_are_those_of_torch(data: st.DataObject) -> None:
+    shape = tuple(data.draw(st.lists(st.sampled_from([1, 2, 3, 4, 0, 2]), max_size=4)))
+    operands = []
+    for seed in range(data.draw(st.integers(1, 2))):
+        ones = [data.draw(st.integers(0, 3)) == 0 for _ in shape]
+        start = data.draw(st.integers(0, len(shape)))
+        own = tuple(1 if one else size for one, size in zip(ones, shape, strict=True))[start:]
+        (operand,) = make_operands((own,), torch.float32, seed=data.draw(st.integers(0, 99)) + seed, strided=True)
+        operands.append(operand)
+    whole = tuple(torch.broadcast_shapes(*(operand.shape for operand in operands)))
+    result = operands[0] * 2.0 if len(operands) == 1 else operands[0] * operands[1]
+    found = elementwise_strides(whole, [(tuple(operand.shape), operand.stride()) for operand in operands])
+    if result.numel():
+        assert normal_strides(whole, found) == normal_strides(whole, result.stride())
