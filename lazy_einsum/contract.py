@@ -66,11 +66,11 @@ def einsum(*args: Any) -> torch.Tensor:
     parts = []
     for operand in operands:
         if operand.dtype is not dtype or operand.layout is not torch.strided:
-            return _pairwise(equation, operands)
+            return _plain(equation, operands)
         needs_grad = needs_grad or (grad and operand.requires_grad)
         parts.append((operand.shape, operand.stride()))
     function = _prepare(equation, tuple(parts), dtype, needs_grad)
-    return _pairwise(equation, operands) if function is None else function(*operands)
+    return _plain(equation, operands) if function is None else function(*operands)
 
 
 def _arguments(args: tuple[Any, ...]) -> tuple[str | _Sublists, tuple[torch.Tensor, ...]]:
@@ -133,10 +133,11 @@ def _prepare(
         TensorType(shape, dtype, cpu, tuple(stride), needs_grad)
         for shape, (_, stride) in zip(shapes, parts, strict=True)
     ]
-    return compile_program(lower_plan(plan, types, _eager_is_contiguous(spec, types)))
+    text = equation if isinstance(equation, str) and equation.isascii() else str(spec.canonical())
+    return compile_program(lower_plan(plan, types, _eager_is_contiguous(text, spec, types)))
 
 
-def _eager_is_contiguous(spec: EinsumSpec, types: Sequence[TensorType]) -> bool:
+def _eager_is_contiguous(text: str, spec: EinsumSpec, types: Sequence[TensorType]) -> bool:
     """Whether ``torch.einsum`` would give a contiguous result: asked of it with tensors without data."""
     if len(types) == 1 and spec.is_view_only:
         return False
@@ -144,10 +145,16 @@ def _eager_is_contiguous(spec: EinsumSpec, types: Sequence[TensorType]) -> bool:
         return True
     operands = [torch.empty_strided(type_.shape, type_.stride, dtype=type_.dtype, device="meta") for type_ in types]
     try:
-        return torch.einsum(str(spec.canonical()), *operands).is_contiguous()
+        return torch.einsum(text, *operands).is_contiguous()
     except RuntimeError:
         # An intermediate of its order, which ours does not have, may be too large even to describe.
         return True
+
+
+def _plain(equation: str | _Sublists, operands: Sequence[torch.Tensor]) -> torch.Tensor:
+    """``torch.einsum`` itself, where its own order decides on the type of the result or on an error."""
+    spec = _parse(equation, [operand.dim() for operand in operands])
+    return torch.einsum(str(spec.canonical()), *operands) if spec.n_labels <= 52 else _pairwise(equation, operands)
 
 
 def _compiling(equation: str | _Sublists, operands: Sequence[torch.Tensor]) -> torch.Tensor:

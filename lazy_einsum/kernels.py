@@ -316,7 +316,7 @@ def _ways(context: _Context, a: Layout, b: Layout, output: str, hint: str) -> It
                 for row in row_orders:
                     for column in column_orders:
                         yield _product_way(context, swap, x, y, sx, sy, order, row, column, along)
-        if not batch and not (context.grad and context.dtype.is_floating_point):
+        if not batch and context.dtype is not torch.bool and not (context.grad and context.dtype.is_floating_point):
             yield from _loop_ways(context, swap, x, y, sx, sy, m, n, sums)
 
 

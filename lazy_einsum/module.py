@@ -13,6 +13,7 @@ import os
 import sys
 import threading
 import warnings
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -132,18 +133,8 @@ class _Specializations(LRUCache[Signature, Specialization]):
             del self.recent[shapes]
 
 
-_OWN = (
-    "module",
-    "_options",
-    "_is_leaf",
-    "_cache",
-    "_lock",
-    "_last",
-    "_clock",
-    "_on_untraceable",
-    "_verify",
-    "_settings",
-    "_warned",
+_OWN = frozenset(
+    "module _options _is_leaf _cache _lock _last _clock _on_untraceable _verify _settings _warned _stand_in".split()
 )
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
@@ -236,6 +227,7 @@ class OptimizedModule(nn.Module):
             "_last": None,
             "_clock": itertools.count(1),
             "_warned": set(),
+            "_stand_in": None,
         }
         # In place of nn.Module.__init__, which would set the child's mode to training through the property below.
         self.__dict__.update((name, value) for name, value in nn.Module().__dict__.items() if name != "training")
@@ -469,17 +461,9 @@ class OptimizedModule(nn.Module):
             return self._fall_back(
                 child, args, kwargs, UntraceableError("the module has hooks, and a forward of its own instance"), None
             )
-        kind = type(child)
-
-        def forward(stand_in: Any, *args: Any, **kwargs: Any) -> Any:
-            return self._call(child, args, kwargs, hooked=True)
-
-        stand_in_class = type(
-            kind.__name__,
-            (kind,),
-            {"forward": forward, "__module__": kind.__module__, "__qualname__": kind.__qualname__},
-        )
-        stand_in: nn.Module = kind.__new__(stand_in_class)
+        if self._stand_in is None or self._stand_in.__base__ is not type(child):
+            self.__dict__["_stand_in"] = _stand_in_class(type(child), weakref.ref(self))
+        stand_in: nn.Module = type(child).__new__(self._stand_in)
         object.__setattr__(stand_in, "__dict__", child.__dict__)
         return nn.Module.__call__(stand_in, *args, **kwargs)
 
@@ -659,7 +643,7 @@ class OptimizedModule(nn.Module):
         )
 
 
-_INTERNALS = frozenset(nn.Module().__dict__) | {"training"}
+_INTERNALS = frozenset(nn.Module().__dict__) | {"training", "_compiled_call_impl"}
 
 
 def _rebuild(module: Any, settings: dict[str, Any], hooks: dict[str, Any]) -> OptimizedModule:
@@ -667,6 +651,16 @@ def _rebuild(module: Any, settings: dict[str, Any], hooks: dict[str, Any]) -> Op
     wrapper = OptimizedModule(module, **settings)
     wrapper.__dict__.update(hooks)
     return wrapper
+
+
+def _stand_in_class(kind: type[nn.Module], wrapper: weakref.ref[OptimizedModule]) -> type[nn.Module]:
+    def forward(stand_in: Any, *args: Any, **kwargs: Any) -> Any:
+        owner = wrapper()
+        assert owner is not None  # it is calling
+        return owner._call(owner.module, args, kwargs, hooked=True)
+
+    names = {"forward": forward, "__module__": kind.__module__, "__qualname__": kind.__qualname__}
+    return type(kind.__name__, (kind,), names)
 
 
 def _users_stacklevel() -> int:

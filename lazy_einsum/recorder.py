@@ -68,7 +68,8 @@ class Trace:
         state: paths of the ``get_attr`` nodes, by their target.
         result: how to build what ``forward`` returns from the graph's flat output: structure and, for each leaf, a
             constant or the number of the output; or ``None`` where the graph's output is the result itself.
-        writes_inputs: whether the graph writes to memory of arguments or of the module.
+        writes: whether the graph writes to each of the tensors among the arguments and then of those read of the
+            module.
         switches_grad: whether ``forward`` switches the grad mode on the way.
     """
 
@@ -76,7 +77,7 @@ class Trace:
     reads: Reads
     state: Mapping[str, Path]
     result: Callable[[Sequence[Any]], Any] | None
-    writes_inputs: bool
+    writes: tuple[bool, ...]
     switches_grad: bool
 
 
@@ -204,7 +205,17 @@ class Recorder(TorchFunctionMode):
                 if isinstance(function, types.FunctionType):
                     self.shadows.read_outer(read_by_function(function))
             with self._net, self:
-                return callee(*args, **kwargs)
+                result = callee(*args, **kwargs)
+        self._check_containers(arguments.structure, (args, kwargs), fakes, result)
+        return result
+
+    def _check_containers(self, structure: Structure, given: Any, fakes: list[Any], result: Any) -> None:
+        """The user's own lists and dictionaries must be as they were; ``forward`` ran on copies of them."""
+        leaves: list[Any] = []
+        if flatten(given, leaves) != structure or any(a is not b for a, b in zip(leaves, fakes, strict=True)):
+            raise UntraceableError("forward changes a list or dictionary among its arguments")
+        if not _containers(given).isdisjoint(_containers(result)):
+            raise UntraceableError("forward returns a list or dictionary that it was given")
 
     def finish(self, result: Any) -> Trace:
         """Write the graph's output, make the last checks."""
@@ -214,20 +225,19 @@ class Recorder(TorchFunctionMode):
         if side_effect is not None:
             raise UntraceableError(side_effect)
         build = self._output(result)
-        state_storages = {id(fake) for fake, _, _ in self._state_of.values()} | {id(fake) for fake in self._inputs}
-        outer = {
-            known.storage for key in state_storages if key in self._known and (known := facts(self._known[key].node))
-        }
         written = {number for node in self.graph.nodes if (known := facts(node)) for number in known.writes}
+        writes = tuple(self._is_written(fake, written) for fake in [*self._inputs, *self._state_fakes()])
         self._erase_unused_reads()
-        return Trace(
-            self.graph,
-            self.shadows.reads,
-            self._state,
-            build,
-            EVERYTHING in written or not outer.isdisjoint(written),
-            self._switched,
-        )
+        return Trace(self.graph, self.shadows.reads, self._state, build, writes, self._switched)
+
+    def _state_fakes(self) -> list[torch.Tensor]:
+        """The fakes of what was read of the module (and not by a live call), in the order of reading."""
+        return [fake for fake, _, path in self._state_of.values() if (path, "") in self.shadows.reads]
+
+    def _is_written(self, fake: torch.Tensor, written: set[int]) -> bool:
+        known = self._known.get(id(fake))
+        inside = known is not None and (found := facts(known.node)) is not None and found.storage in written
+        return inside or EVERYTHING in written
 
     def forget(self) -> bool:
         """Drop all fakes; whether none survives. One that does was put by user code where later calls may find it
@@ -588,9 +598,19 @@ class Recorder(TorchFunctionMode):
 
 
 def _only_basic(structure: Structure | int) -> bool:
+    """Whether a structure can stand in generated code as it is."""
     return isinstance(structure, int) or (
-        structure.kind in (tuple, list, dict) and all(_only_basic(child) for child in structure.children)
+        structure.kind in (tuple, list, dict)
+        and all(type(key) in (str, int) for key in structure.keys or ())
+        and all(_only_basic(child) for child in structure.children)
     )
+
+
+def _containers(value: Any) -> set[int]:
+    """The ids of the lists and dictionaries in nested containers."""
+    found = {id(value)} if isinstance(value, (list, dict)) else set()
+    items = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
+    return found.union(*map(_containers, items))
 
 
 def _registered(result: Any) -> tuple[int, list[Any], Callable[[Sequence[Any]], Any]]:

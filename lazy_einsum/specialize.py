@@ -147,7 +147,7 @@ class Specialization:
     @property
     def writes_inputs(self) -> bool:
         """Whether the code writes to memory of arguments or of the module."""
-        return any(name == "memory" for name, _ in self.signature.state)
+        return any(name == "written memory" for name, _ in self.signature.state)
 
     @property
     def graph_module(self) -> fx.GraphModule:
@@ -262,9 +262,9 @@ def specialize(
     run = finish(compile_graph(graph, tuple(state)), traced, dict(ambient)["grad"])
     overlap = None
     reads: tuple[tuple[str, Any], ...] = describe_reads(traced.reads)
-    if traced.writes_inputs:
-        overlap = overlaps if overlapping else no_overlap
-        reads = (*reads, ("memory", "shared by inputs" if overlapping else "of its own for each input"))
+    if any(traced.writes):
+        overlap = partial(shares_written if overlapping else shares_nothing_written, traced.writes)
+        reads = (*reads, ("written memory", "shared by inputs" if overlapping else "of its own for each input"))
     guard = compile_guard(arguments, ambient, traced.reads, list(state.values()), overlap)
     signature = Signature(arguments, ambient, reads)
     return Specialization(signature, graph, stages, plans, guard, run, state, module, time.perf_counter() - start)
@@ -289,14 +289,15 @@ def finish(function: Callable[..., Any], traced: Trace, grad: bool) -> Callable[
     return run
 
 
-def no_overlap(*tensors: torch.Tensor) -> bool:
-    """Whether no two of ``tensors`` share memory: what a trace assumes, and code that writes its inputs relies on."""
-    return len({tensor.untyped_storage()._cdata for tensor in tensors}) == len(tensors)
+def shares_nothing_written(writes: Sequence[bool], *tensors: torch.Tensor) -> bool:
+    """Whether no tensor that is written (``writes`` says which) shares memory with another: what a trace assumes."""
+    storages = [tensor.untyped_storage()._cdata for tensor in tensors]
+    return all(storages.count(storage) == 1 for storage, written in zip(storages, writes, strict=True) if written)
 
 
-def overlaps(*tensors: torch.Tensor) -> bool:
-    """The contrary of ``no_overlap``."""
-    return not no_overlap(*tensors)
+def shares_written(writes: Sequence[bool], *tensors: torch.Tensor) -> bool:
+    """The contrary of ``shares_nothing_written``."""
+    return not shares_nothing_written(writes, *tensors)
 
 
 def find_plans(graph: fx.Graph, options: Options) -> Iterator[Plan]:

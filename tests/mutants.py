@@ -29,7 +29,7 @@ def _one(name: str, file: str, before: str, after: str, profile: str = "everythi
     return Mutant(name, ((file, before, after),), profile)
 
 
-_CHECK = "    check: Callable[..., bool] = guards.check\n    return check\n"
+_CHECK = "    return check\n"
 
 
 def _check_without(part: str) -> str:

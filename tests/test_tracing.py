@@ -410,3 +410,39 @@ def test_hook_that_changes_the_type_of_a_result() -> None:
     flag.append(1)
     with pytest.warns(FallbackWarning, match="hook"):
         assert torch.equal(wrapped(x), module(x))
+
+
+def test_containers_among_the_arguments() -> None:
+    def fills(x: Tensor, found: dict[str, Tensor]) -> Tensor:
+        found["double"] = x * 2
+        return x
+
+    def returns(x: Tensor, items: list[Tensor]) -> list[Tensor]:
+        return items
+
+    found: dict[str, Tensor] = {}
+    with pytest.warns(FallbackWarning, match="changes a list or dictionary among its arguments"):
+        OptimizedModule(fills)(x := x34(), found)
+    assert torch.equal(found["double"], x * 2)
+    items = [x]
+    with pytest.warns(FallbackWarning, match="returns a list or dictionary that it was given"):
+        assert OptimizedModule(returns)(x, items) is items
+
+
+def test_only_written_memory_has_to_be_separate() -> None:
+    class Shared(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            both = torch.randn(8, dtype=torch.float64)
+            self.register_buffer("first", both[:4])
+            self.register_buffer("second", both[4:])
+            self.register_buffer("count", torch.zeros((), dtype=torch.int64))
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.count.add_(1)
+            return einsum("ij,j->i", x, self.first) * 2.0 + einsum("ij,j->i", x, self.second) * 3.0
+
+    wrapped = OptimizedModule(Shared())
+    for _ in range(3):
+        torch.testing.assert_close(wrapped(x := x34()), wrapped.module(x))
+    assert wrapped.cache_info()[:2] == (2, 1) and "einsum" not in wrapped.code
