@@ -23,6 +23,8 @@ class Machine:
         loop_strided: seconds per multiply-add of such a loop.
         loop_contiguous: the same where the second operand is contiguous in the summed label.
         matrix: seconds per matrix of a batched product that is not small.
+        vector: seconds per multiply-add of a batched product of matrices with vectors.
+        pack: seconds per element of an operand that is packed across its memory order.
         cached_rate: bytes per second while all operands fit into ``cache``.
         memory_rate: bytes per second beyond.
         cache: bytes.
@@ -39,6 +41,8 @@ class Machine:
     loop_strided: float = 0.6e-9
     loop_contiguous: float = 0.25e-9
     matrix: float = 60e-9
+    vector: float = 0.25e-9
+    pack: float = 0.16e-9
     cached_rate: float = 100e9
     memory_rate: float = 25e9
     cache: int = 2**20
@@ -70,7 +74,9 @@ def traffic_seconds(n_bytes: float, machine: Machine = CPU) -> float:
     return machine.cache / machine.cached_rate + (n_bytes - machine.cache) / machine.memory_rate
 
 
-def product_seconds(batch: int, m: int, n: int, k: int, contiguous: bool = True, machine: Machine = CPU) -> float:
+def product_seconds(
+    batch: int, m: int, n: int, k: int, first_along: bool = True, second_along: bool = False, machine: Machine = CPU
+) -> float:
     """Seconds of ``batch`` products of matrices (m, k) and (k, n), launch included.
 
     Args:
@@ -78,19 +84,27 @@ def product_seconds(batch: int, m: int, n: int, k: int, contiguous: bool = True,
         m: rows of the first operand.
         n: columns of the second operand.
         k: summed size.
-        contiguous: the second operand is contiguous along ``k``.
+        first_along: the first operand is contiguous along ``k``.
+        second_along: the second one is.
         machine: constants.
     """
     work = m * n * k
     traffic = traffic_seconds(ITEM * batch * (m * k + k * n + m * n), machine)
     if batch > 1 and work < machine.small_products:
-        step = machine.loop_contiguous if contiguous or n == 1 else machine.loop_strided
+        step = machine.loop_contiguous if first_along and second_along else machine.loop_strided
         return machine.launch + max(batch * m * n * (machine.loop_output + k * step), traffic)
     half = machine.half_width
-    # A matrix-vector product is bound by its traffic, whatever its narrow dimension does to the rate.
-    slow = (1 + half / max(n, m if n == 1 else 1)) * (1 + half / max(k, 1)) if min(m, n) > 1 else 4.0
-    busy = batch * (2 * work * slow / machine.flop_rate + (machine.matrix if batch > 1 else 0.0))
-    return machine.launch + max(busy, traffic)
+    if n == 1:
+        # A matrix times a vector; a vector times a matrix is bound by its traffic.
+        busy = work * (machine.vector if batch > 1 else 0.0)
+    elif m == 1:
+        busy = 0.0
+    else:
+        slow = min(1 + (half / max(n, 1)) ** 2, 6.0) * (1 + half / max(k, 1))
+        busy = 2 * work * slow / machine.flop_rate
+        # The operands are packed before they are multiplied, across their memory order where that is not the kernel's.
+        busy += (second_along * n * k * (1 if k < 1024 else 3) + (not first_along) * m * k * 0.6) * machine.pack
+    return machine.launch + max(batch * (busy + (machine.matrix if batch > 1 else 0.0)), traffic)
 
 
 def multiply_seconds(elements: int, operands: int, machine: Machine = CPU) -> float:
@@ -131,6 +145,7 @@ def pair_seconds(batch: int, m: int, n: int, k: int, machine: Machine = CPU) -> 
     """
     if k == 1:
         return multiply_seconds(batch * m * n, batch * (m + n), machine)
-    if m < n:
+    if m > n:
         m, n = n, m
-    return product_seconds(batch, m, n, k, True, machine)
+    # Small products like both operands contiguous along the summed label, large ones only the first.
+    return product_seconds(batch, m, n, k, True, m * n * k < machine.small_products, machine)

@@ -10,7 +10,7 @@ answers from the names of the operations, and assumes that a write reaches every
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -171,15 +171,25 @@ class Writers:
     def __init__(self, graph: fx.Graph) -> None:
         self._writes = [(node, written) for node in graph.nodes if (written := writes(node))]
 
-    def write_any(self, reads: Iterable[fx.Node], after: fx.Node, before: fx.Node | None = None) -> bool:
-        """Whether a node after ``after`` (and before ``before`` if given) writes memory of the values ``reads``."""
+    def write_any(self, reads: Iterable[fx.Node], after: fx.Node, before: fx.Node) -> bool:
+        """Whether a node between ``after`` and ``before`` writes memory of the values ``reads``."""
         if not self._writes:
             return False
-        known = [facts(node) for node in reads]
-        storages = {EVERYTHING if k is None or k.storage is None else k.storage for k in known}
+        storages = _storages(reads)
+        return any(after < node < before and _overlap(written, storages) for node, written in self._writes)
+
+    def spoil_any(self, reads: Iterable[fx.Node], after: fx.Node) -> bool:
+        """Whether a node behind ``after`` writes memory of the values ``reads``, so that autograd must not keep them.
+
+        A call that may write anything (a live submodule) is taken to write what it is given: were all that comes before
+        such a call held back, little would be left to optimize, and what slips through is refused by autograd, loudly.
+        """
+        if not self._writes:
+            return False
+        storages = _storages(reads)
         for node, written in self._writes:
-            between = after < node and (before is None or node < before)
-            if between and (EVERYTHING in written or EVERYTHING in storages or not storages.isdisjoint(written)):
+            reached = _storages(node.all_input_nodes) if EVERYTHING in written and facts(node) else set(written)
+            if after < node and _overlap(reached, storages):
                 return True
         return False
 
@@ -189,14 +199,23 @@ class Writers:
         Not if a node between the two writes what it reads. Not if any later node does, where autograd keeps operands of
         ``end``: the backward pass would refuse.
         """
-        return not self.write_any(reads, start, None if may_require_grad(end) else end)
+        return not self.write_any(reads, start, end) and not (may_require_grad(end) and self.spoil_any(reads, start))
 
     def hold(self, node: fx.Node) -> bool:
         """Whether ``node`` has to stay just as it is, as it runs under autograd and its operands are written later.
 
         Eager code of this kind works by what the operations happen to keep: a copy of the operand, or nothing at all.
         """
-        return bool(self._writes) and may_require_grad(node) and self.write_any(node.all_input_nodes, node)
+        return may_require_grad(node) and self.spoil_any(node.all_input_nodes, node)
+
+
+def _storages(nodes: Iterable[fx.Node]) -> set[int]:
+    known = [facts(node) for node in nodes]
+    return {EVERYTHING if k is None or k.storage is None else k.storage for k in known}
+
+
+def _overlap(written: Collection[int], read: Set[int]) -> bool:
+    return EVERYTHING in written or EVERYTHING in read or not read.isdisjoint(written)
 
 
 def may_require_grad(node: fx.Node) -> bool:

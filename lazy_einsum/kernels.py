@@ -153,7 +153,7 @@ class _Way(NamedTuple):
     """One way to contract two tensors.
 
     Attributes:
-        kind: ``product`` (mm, bmm, mv or dot), ``multiply``, or ``multiply and sum``.
+        kind: ``product`` (mm, bmm, mv or dot), ``multiply``, ``copy and multiply``, or ``multiply and sum``.
         swap: the operands change places.
         first: groups of labels that the first operand is viewed as, or copied to.
         second: the same of the second operand.
@@ -306,8 +306,8 @@ def _ways(context: _Context, a: Layout, b: Layout, output: str, hint: str) -> It
     sums = _distinct(memory_order(summed, sa), memory_order(summed, sb))
     for swap in (False, True):
         x, y, sx, sy, m, n = (b, a, sb, sa, columns, rows) if swap else (a, b, sa, sb, rows, columns)
-        if not m and (n or swap):
-            # The rows are those of the matrix where the other operand is a vector.
+        if not m and (swap if not n else not batch):
+            # Without a batch a vector has no other side; without any rows and columns neither has one.
             continue
         row_orders = _distinct(memory_order(m, sx), _by_hint(m, hint))
         column_orders = _distinct(memory_order(n, sy), _by_hint(n, hint))
@@ -376,10 +376,11 @@ def _product_way(
     vector = not batched and context.dtype not in _NARROW
     first = ((batch + loop,) if batched else ()) + ((rows,) if rows or not vector else ()) + (summed,)
     second = ((batch,) if batch or refused else ()) + (summed,) + ((columns,) if columns or not vector else ())
-    seconds_x, _ = _matrix_seconds(x, first, sx, sizes, naive)
+    seconds_x, strides_x = _matrix_seconds(x, first, sx, sizes, naive)
     seconds_y, strides_y = _matrix_seconds(y, second, sy, sizes, naive)
-    along = strides_y[-2] if len(second) > 1 + bool(batch or refused) else 1
-    seconds = seconds_x + seconds_y + cost.product_seconds(b, m, n, k, along == 1)
+    place = bool(batch or refused)
+    seconds = seconds_x + seconds_y
+    seconds += cost.product_seconds(b, m, n, k, strides_x[-1] == 1, strides_y[place] == 1)
     if not (context.dtype.is_floating_point or context.dtype.is_complex):
         # Products of integers run in plain loops of any size.
         seconds += b * m * n * k * 0.8e-9
@@ -418,15 +419,25 @@ def _copy_seconds(order: str, strides: dict[str, int], sizes: Sizes) -> float:
 def _multiply_ways(
     context: _Context, a: Layout, b: Layout, sa: dict[str, int], sb: dict[str, int], hint: str
 ) -> Iterator[_Way]:
-    """Elementwise products, in the order of the larger operand, the other one, or as hinted."""
+    """Elementwise products. The order of the result is that of one of the operands, or the hint, or one in which labels
+    of both operands come first or last, as the next matrix product may want; operands that are small next to the result
+    may be copied to get it."""
     sizes = context.sizes
     in_a, in_b = memory_order(a.labels, sa), memory_order(b.labels, sb)
-    everything = in_a + "".join(label for label in in_b if label not in in_a)
+    rows = "".join(label for label in in_a if label not in in_b)
+    columns = "".join(label for label in in_b if label not in in_a)
+    common = "".join(label for label in in_a if label in in_b)
     orders = _distinct(
-        everything,
-        in_b + "".join(label for label in in_a if label not in in_b),
-        _by_hint(everything, hint),
+        in_a + columns,
+        in_b + rows,
+        _by_hint(in_a + columns, hint),
+        common + rows + columns,
+        common + columns + rows,
+        rows + columns + common,
+        columns + rows + common,
     )
+    counts = product(a.labels, sizes), product(b.labels, sizes)
+    elements = product(orders[0], sizes)
     for order in orders:
         first, second = _aligned(order, a), _aligned(order, b)
         runs = [
@@ -434,20 +445,29 @@ def _multiply_ways(
             for strides in (sa, sb)
         ]
         # The operand that lies in memory as the result is read decides how the result lies.
-        swap = product(b.labels, sizes) * min(runs[1], 16) > product(a.labels, sizes) * min(runs[0], 16)
+        swap = counts[1] * min(runs[1], 16) > counts[0] * min(runs[0], 16)
         x, y = (second, first) if swap else (first, second)
         sx, sy = (sb, sa) if swap else (sa, sb)
         result = _broadcast(order, [(x, sx), (y, sy)], sizes)
-        counts = product(a.labels, sizes), product(b.labels, sizes)
-        seconds = cost.multiply_seconds(product(order, sizes), sum(counts))
+        seconds = cost.multiply_seconds(elements, sum(counts))
         seconds += cost.CPU.launch * (_arrange_calls(a, first) + _arrange_calls(b, second))
         walk = memory_order(order, label_strides(result, sizes))
-        for strides, elements in ((sa, counts[0]), (sb, counts[1])):
-            own = "".join(label for label in walk if label in strides)
-            run = contiguous_run(own, strides, sizes)
-            if run < 16 and run < elements:
-                seconds += _copy_seconds(own, strides, sizes) - cost.CPU.launch
-        yield _Way("multiply", swap, x, y, "", result, seconds)
+        yield _Way("multiply", swap, x, y, "", result, seconds + _gather_seconds(walk, (sa, sb), sizes))
+        wanted = contiguous_layout(tuple(order), sizes)
+        if result != wanted and 4 * max(counts) <= elements:
+            spent = 2 * cost.CPU.launch + _gather_seconds(order, (sa, sb), sizes)
+            yield _Way("copy and multiply", swap, x, y, "", wanted, seconds + spent)
+
+
+def _gather_seconds(order: str, operands: Sequence[dict[str, int]], sizes: Sizes) -> float:
+    """Time that it takes longer to read operands in this order than in that of memory."""
+    seconds = 0.0
+    for strides in operands:
+        own = "".join(label for label in order if label in strides)
+        run = contiguous_run(own, strides, sizes)
+        if run < 16 and run < product(own, sizes):
+            seconds += _copy_seconds(own, strides, sizes) - cost.CPU.launch
+    return seconds
 
 
 def _aligned(order: str, layout: Layout) -> tuple[str, ...]:
@@ -709,9 +729,11 @@ def _write_way(writer: _Writer, context: _Context, way: _Way, x: int, y: int) ->
             len(writer.layouts[x].dims), len(writer.layouts[y].dims)
         ]
         return writer.call(name, x, Value(y), layout=way.result)
+    if way.kind == "copy and multiply":
+        x, y = writer.contiguous(x), writer.contiguous(y)
     result = _product_layout(writer.layouts[x], writer.layouts[y], sizes)
     value = writer.call("mul", x, Value(y), layout=result)
-    if way.kind == "multiply":
+    if way.kind != "multiply and sum":
         return value
     places = tuple(place for place, dim in enumerate(result.dims) if dim and dim in way.over)
     # torch sums small integers to int64, but a contraction keeps their type.

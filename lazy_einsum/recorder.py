@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 import operator
 import os
 import sys
@@ -21,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from . import ambient as ambient_module
 from .calls import HIDDEN_WRITES, OPERATORS, QUERIES, REFLECTED, REFUSED, call_name
 from .errors import UntraceableError
-from .fakes import fake_mode, grad_fn_of, is_fake, is_held, make_fake, meta_like, with_metas
+from .fakes import empty_like, fake_mode, grad_fn_of, is_fake, is_held, make_fake, with_tensors
 from .graph import EVERYTHING, Facts, facts, stamp
 from .live import LiveCall
 from .shadow import Shadows
@@ -31,7 +32,6 @@ from .signature import (
     Constant,
     Structure,
     TensorType,
-    contiguous_strides,
     flatten,
     is_constant,
     unflatten,
@@ -41,6 +41,9 @@ from .surroundings import read_by_function
 
 _HERE = os.path.dirname(os.path.abspath(__file__))
 _TORCH = os.path.dirname(os.path.abspath(torch.__file__))
+
+MAX_EXACT = 100_000
+"""Bound on the elements that any step of an einsum may have for its result's strides to be found on real memory."""
 
 MAX_NODES = 50_000
 """A ``forward`` that calls more functions than this is not traced."""
@@ -413,17 +416,16 @@ class Recorder(TorchFunctionMode):
         operands = list(_tensors(args))
         if len(operands) < 2 or not all(is_fake(operand) for operand in operands):
             return None
-        metas = {id(operand): meta_like(operand) for operand in operands}
+        # On meta tensors dimensions of size 1 now and then get other strides than on real ones (6 of 20,000 random
+        # einsums with such); where the work is small it is done on real memory, whose content does not matter.
+        exact = any(1 in operand.shape for operand in operands)
+        exact = exact and math.prod(max(operand.numel(), 1) for operand in operands) <= MAX_EXACT
+        empty = {id(operand): empty_like(operand, operand.device if exact else "meta") for operand in operands}
         with ambient_module.no_modes(), torch.no_grad():
-            meta = torch.einsum(*with_metas(args, metas))
+            example = torch.einsum(*with_tensors(args, empty))
             requires_grad = self._grad and any(operand.requires_grad for operand in operands)
-            known = replace(
-                TensorType.of(meta), device=operands[0].device, requires_grad=requires_grad, is_leaf=not requires_grad
-            )
-            if any(1 in operand.shape for operand in operands):
-                # On meta tensors dimensions of size 1 may get other strides than on real ones: ask for no less than
-                # eager could give.
-                known = replace(known, stride=contiguous_strides(known.shape))
+            known = TensorType.of(example)
+        known = replace(known, device=operands[0].device, requires_grad=requires_grad, is_leaf=not requires_grad)
         # Not connected to its operands in autograd's graph, which only differentiation inside of forward could tell;
         # that asks for a trace with connections.
         return make_fake(known)

@@ -19,6 +19,7 @@ from torch import nn
 
 from . import ambient as ambient_module
 from .errors import UntraceableError
+from .fakes import quiet
 from .recorder import NeedsConnection, Recorder, Trace
 from .signature import Arguments
 
@@ -60,7 +61,8 @@ def _trace(function: Any, arguments: Arguments, is_leaf: Callable[[nn.Module, st
     torch.set_autocast_cache_enabled(False)
     try:
         try:
-            result = recorder.run(function, arguments)
+            with quiet():
+                result = recorder.run(function, arguments)
         finally:
             torch.set_grad_enabled(grad)
             torch.set_autocast_cache_enabled(cache)

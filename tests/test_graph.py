@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from dataclasses import replace
 
 import pytest
 import torch
@@ -163,15 +164,28 @@ def test_writers():
     graph = program_of(program)
     x, y, a, b, add_, view, _, output = graph.nodes
     writers = Writers(graph)
-    assert writers.write_any([y], b)
     assert writers.write_any([y], b, view)
-    assert not writers.write_any([y], add_)
-    assert not writers.write_any([x], x)
-    assert writers.write_any([a], a)
+    assert not writers.write_any([y], b, add_)
+    assert not writers.write_any([x], x, output)
     assert not writers.write_any([a], a, view)
+    assert writers.write_any([a], a, output)
+    assert writers.spoil_any([y], b)
+    assert not writers.spoil_any([y], add_)
+    assert not writers.spoil_any([x], x)
+    assert writers.spoil_any([a], a)
     assert writers.allow([a], a, view)
     assert not writers.allow([a], a, output)
-    assert not Writers(program_of(lambda x, y: x + 1)).write_any([x], x)
+    assert not Writers(program_of(lambda x, y: x + 1)).spoil_any([x], x)
+
+
+def test_a_call_that_may_write_anything():
+    graph = program_of(lambda x, y: (x.exp(), y.exp()))
+    x, y, a, b, output = graph.nodes
+    stamp(b, replace(facts(b), writes=(EVERYTHING,)))
+    writers = Writers(graph)
+    assert writers.write_any([x], x, output)
+    assert not writers.spoil_any([x], x)
+    assert writers.spoil_any([y], y)
 
 
 def test_what_autograd_keeps_must_not_be_written_later():

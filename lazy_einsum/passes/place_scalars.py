@@ -11,6 +11,7 @@ from torch import fx
 
 from ..graph import Facts, Writers, copy_graph, facts, fresh_storage, fresh_type, same_mode, stamp, type_of, uses
 from ..scalars import ONE, Factor, Linear, Tensors, dtype_of, read_linear, tensors
+from ..signature import TensorType
 
 
 def place_scalars(reassociate: bool | None = None) -> Callable[[fx.Graph], fx.Graph]:
@@ -67,7 +68,7 @@ class _Place(NamedTuple):
     """Where a scaling may stand.
 
     Attributes:
-        cost: elements that it then multiplies.
+        cost: elements that it then multiplies, in the backward pass too.
         path: calls from the one whose result is scaled down to the one whose operand would be; empty for where it
             stands.
         last: what the last call of the path is.
@@ -86,7 +87,7 @@ def _places(
     """All places for ``scaling``, the nearest first; the first is where it stands."""
     known = type_of(scaling)
     assert known is not None
-    yield _Place(known.numel, (), own, 0)
+    yield _Place(_cost(known), (), own, 0)
     open_paths: list[tuple[fx.Node, ...]] = [(own.operands[0][0],)]
     while open_paths:
         path = open_paths.pop(0)
@@ -105,10 +106,14 @@ def _places(
             ):
                 continue
             if degree == 1:
-                yield _Place(entering.numel, path, found, number)
+                yield _Place(_cost(entering), path, found, number)
                 open_paths.append((*path, operand))
             elif found.factor != ONE and found.factor.times(own.factor).fits(known.dtype, reassociate):
                 yield _Place(0, path, found, None)
+
+
+def _cost(known: TensorType) -> int:
+    return known.numel * (2 if known.requires_grad else 1)
 
 
 def _move(scaling: fx.Node, factor: Factor, place: _Place, storages: Iterator[int]) -> fx.Node:
