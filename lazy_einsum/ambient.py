@@ -27,6 +27,7 @@ function_modes: Callable[[], int] = torch._C._len_torch_function_stack
 dispatch_modes: Callable[[], int] = torch._C._len_torch_dispatch_stack
 # torch.is_autocast_enabled(device_type) is public, but asks for one kind of device at a time (127 ns each); this one
 # asks for all of them.
+jit_tracing: Callable[[], object] = torch._C._get_tracing_state
 any_autocast: Callable[[], bool] = torch._C._is_any_autocast_enabled
 
 
@@ -36,7 +37,7 @@ def bypass() -> str | None:
     """
     if torch.compiler.is_compiling():
         return "torch.compile or torch.export is tracing"
-    if torch._C._get_tracing_state() is not None:
+    if jit_tracing() is not None:
         return "torch.jit.trace is tracing"
     if dispatch_modes():
         return "a TorchDispatchMode is active"

@@ -29,7 +29,7 @@ from .passes import Options
 from .plan import check_optimize
 from .recorder import Trace
 from .report import Report
-from .signature import Arguments, Signature
+from .signature import Arguments, ForeignTraceError, Signature
 from .specialize import Specialization, Stage, specialize
 from .verify import Verifier
 
@@ -38,6 +38,7 @@ logger = logging.getLogger("lazy_einsum")
 _disabled = os.environ.get("LAZY_EINSUM_DISABLE", "") not in ("", "0")
 _is_compiling = torch.compiler.is_compiling
 _function_modes = ambient_module.function_modes
+_jit_tracing = ambient_module.jit_tracing
 
 _LIBRARIES = (
     os.path.dirname(os.path.abspath(__file__)) + os.sep,
@@ -242,7 +243,7 @@ class OptimizedModule(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Call the child through its specialization for these arguments."""
-        if _is_compiling() or _function_modes() or _disabled:
+        if _is_compiling() or _function_modes() or _disabled or _jit_tracing() is not None:
             reason = "disabled" if _disabled else ambient_module.bypass()
             if reason is not None:
                 return self.module(*args, **kwargs)
@@ -288,6 +289,9 @@ class OptimizedModule(nn.Module):
         eager = child.forward if hooked else child
         try:
             arguments, _ = Arguments.of(args, kwargs)
+        except ForeignTraceError:
+            # fx knows the child's parameters and submodules by the names they have here, but not the child itself.
+            return (child.forward if isinstance(child, nn.Module) else child)(*args, **kwargs)
         except UntraceableError as error:
             return self._fall_back(eager, args, kwargs, error, None)
         kind = (arguments, ambient_module.ambient())

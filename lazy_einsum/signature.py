@@ -285,6 +285,10 @@ class Alias:
         return f"same as #{self.leaf}"
 
 
+class ForeignTraceError(UntraceableError):
+    """An argument stands for a tensor in somebody else's trace (an ``fx.Proxy``)."""
+
+
 Leaf = TensorType | Constant | Alias
 
 
@@ -322,6 +326,8 @@ class Arguments:
                 leaves.append(TensorType.of(value))
             elif is_constant(value):
                 leaves.append(Constant(value))
+            elif hasattr(type(value), "__torch_function__"):
+                raise ForeignTraceError(f"argument {number} is a {type(value).__name__}")
             else:
                 raise UntraceableError(
                     f"argument {number} is a {type(value).__module__}.{type(value).__qualname__}; expected tensors, "

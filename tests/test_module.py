@@ -414,6 +414,11 @@ def test_under_other_traces_the_child_runs() -> None:
     assert gradient.shape == (4, 5)
     exported = torch.export.export(wrapped, (x,)).module()
     torch.testing.assert_close(exported(x), expected)
+    traced = torch.fx.symbolic_trace(nn.Sequential(wrapped))
+    torch.testing.assert_close(traced(x), expected)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        torch.testing.assert_close(torch.jit.trace(wrapped, (x,))(x), expected)
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     with FakeTensorMode(allow_non_fake_inputs=True):
