@@ -6,7 +6,6 @@ process chooses the same plan; only ratios between alternatives matter.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 
@@ -24,12 +23,16 @@ class Machine:
         loop_contiguous: the same where the second operand is contiguous in the summed label.
         matrix: seconds per matrix of a batched product that is not small.
         vector: seconds per multiply-add of a batched product of matrices with vectors.
+        crossed: seconds per multiply-add of a product with few rows whose operands both lie across.
         pack: seconds per element of an operand that is packed across its memory order.
         cached_rate: bytes per second while all operands fit into ``cache``.
         memory_rate: bytes per second beyond.
         cache: bytes.
-        copy_element: seconds per element of a copy whose innermost run is one element long.
-        copy_distance: lines of the cache that a copy may touch before it comes back to the first.
+        element: seconds per element of an elementwise call along the memory of all tensors.
+        strided_element: the same across the memory of some.
+        row: seconds per innermost loop of such a call.
+        tile: seconds per pair of innermost loops.
+        far: lines of the cache that such a call may touch before it comes back to the first.
         sum_output: seconds per output element of a sum over the innermost dimension.
     """
 
@@ -42,12 +45,16 @@ class Machine:
     loop_contiguous: float = 0.25e-9
     matrix: float = 60e-9
     vector: float = 0.25e-9
+    crossed: float = 0.5e-9
     pack: float = 0.16e-9
     cached_rate: float = 100e9
     memory_rate: float = 25e9
     cache: int = 2**20
-    copy_element: float = 0.9e-9
-    copy_distance: int = 4096
+    element: float = 0.08e-9
+    strided_element: float = 0.7e-9
+    row: float = 2.5e-9
+    tile: float = 10e-9
+    far: int = 4096
     sum_output: float = 4.5e-9
 
 
@@ -103,34 +110,37 @@ def product_seconds(
         slow = min(1 + (half / max(n, 1)) ** 2, 6.0) * (1 + half / max(k, 1))
         busy = 2 * work * slow / machine.flop_rate
         # The operands are packed before they are multiplied, across their memory order where that is not the kernel's.
-        busy += (second_along * n * k * (1 if k < 1024 else 3) + (not first_along) * m * k * 0.6) * machine.pack
+        if second_along and not first_along and m < 16:
+            busy += work * machine.crossed
+        busy += (second_along * n * k * (1 if k < 2048 else 3) + (not first_along) * m * k * 0.6) * machine.pack
     return machine.launch + max(batch * (busy + (machine.matrix if batch > 1 else 0.0)), traffic)
 
 
-def multiply_seconds(elements: int, operands: int, machine: Machine = CPU) -> float:
-    """Seconds of an elementwise product with ``elements`` results, of operands with ``operands`` elements together."""
-    return machine.launch + max(elements * 0.12e-9, traffic_seconds(ITEM * (elements + operands), machine))
+def walk_seconds(
+    elements: int, rows: int, tiles: int, strided: bool, distance: int, n_bytes: int, machine: Machine = CPU
+) -> float:
+    """Seconds of an elementwise call: a copy, or a product that broadcasts.
+
+    Args:
+        elements: of the result.
+        rows: how many innermost loops it takes, once dimensions that lie together in all tensors are merged.
+        tiles: how many pairs of innermost loops.
+        strided: some tensor is not contiguous in the innermost loop.
+        distance: how many elements are visited before the neighbour of the first one, in the worst tensor.
+        n_bytes: read and written in all.
+        machine: constants.
+    """
+    each = machine.strided_element if strided else machine.element
+    if distance > machine.far:
+        each *= 4
+    busy = elements * each + rows * machine.row + tiles * machine.tile
+    return machine.launch + max(busy, traffic_seconds(n_bytes, machine))
 
 
 def sum_seconds(elements: int, results: int, innermost: bool, machine: Machine = CPU) -> float:
     """Seconds of a sum of ``elements`` values to ``results``, along the innermost dimension or not."""
     busy = results * machine.sum_output if innermost else elements * 0.1e-9
     return 2 * machine.launch + max(busy, traffic_seconds(ITEM * (elements + results), machine))
-
-
-def copy_seconds(elements: int, run: int, distance: int = 1, machine: Machine = CPU) -> float:
-    """Seconds of a copy into another order of dimensions.
-
-    Args:
-        elements: how many are copied.
-        run: how many lie together before and after.
-        distance: how many are visited before the neighbour of the first one.
-        machine: constants.
-    """
-    gather = elements * machine.copy_element * math.pow(max(1, min(run, 16)), -0.6)
-    if run < 16 and distance > machine.copy_distance:
-        gather *= 3
-    return machine.launch + max(gather, traffic_seconds(2 * ITEM * elements, machine))
 
 
 def pair_seconds(batch: int, m: int, n: int, k: int, machine: Machine = CPU) -> float:
@@ -144,7 +154,8 @@ def pair_seconds(batch: int, m: int, n: int, k: int, machine: Machine = CPU) -> 
         machine: constants.
     """
     if k == 1:
-        return multiply_seconds(batch * m * n, batch * (m + n), machine)
+        elements = batch * m * n
+        return walk_seconds(elements, elements // max(n, m, 1), batch, False, 1, ITEM * (elements + batch * (m + n)))
     if m > n:
         m, n = n, m
     # Small products like both operands contiguous along the summed label, large ones only the first.

@@ -51,8 +51,8 @@ def optimize_einsums_full(
     >>> print(optimize_einsums_full(f, (torch.rand(2, 100), torch.rand(100, 2), torch.rand(2, 100))).code.strip())
     def forward(self, x, y, z):
         einsum_1 = torch.functional.einsum('ab,bc->ac', x, y);  x = y = None
-        mul = 0.5 * einsum_1;  einsum_1 = None
-        einsum = torch.functional.einsum('ab,bc->ac', mul, z);  mul = z = None
+        mul_1 = 0.5 * einsum_1;  einsum_1 = None
+        einsum = torch.functional.einsum('ab,bc->ac', mul_1, z);  mul_1 = z = None
         return einsum
     """
     if isinstance(model, fx.Graph):
@@ -120,7 +120,7 @@ def fuse_einsums(graph: fx.Graph, in_place: bool = False) -> fx.Graph:
     ...     return torch.einsum("ik,ij->i", z, x)
     >>> print(fuse_einsums(fx.symbolic_trace(f).graph).python_code("self").src.strip())
     def forward(self, x, y):
-        einsum_1 = torch.functional.einsum('ab,bc,ab->a', x, y, x);  x = y = None
+        einsum_1 = torch.functional.einsum('ab,bc,ad->a', x, y, x);  x = y = None
         return einsum_1
     """
     return _result(graph, fuse_einsums_pass()(graph), in_place)
@@ -140,8 +140,8 @@ def fuse_scalars(graph: fx.Graph, in_place: bool = False) -> fx.Graph:
     >>> print(fuse_scalars(fx.symbolic_trace(f).graph).python_code("self").src.strip())
     def forward(self, x, y):
         einsum = torch.functional.einsum('ij,jk->ik', x, y);  x = y = None
-        mul_1 = einsum * 0.875;  einsum = None
-        return mul_1
+        mul = einsum * 0.875;  einsum = None
+        return mul
     """
     return _result(graph, place_scalars()(fuse_scalars_pass()(graph)), in_place)
 
@@ -290,7 +290,8 @@ class EfficientShapeProp(fx.Interpreter):
 
     def _fake(self, value: Any) -> Any:
         if isinstance(value, torch.Tensor) and not _is_fake(value):
-            return self._fake_mode.from_tensor(value, static_shapes=True)
+            # Detached, as torch looks for the gradient of what it fakes, and warns where there can be none.
+            return self._fake_mode.from_tensor(value if value.is_leaf else value.detach(), static_shapes=True)
         return value
 
     def _storage(self, tensor: torch.Tensor) -> int:
@@ -381,7 +382,8 @@ def _keep_layouts(root: nn.Module, graph: fx.Graph, example_inputs: Sequence[Any
     actual = copy_graph(graph)
     EfficientShapeProp(root, graph=actual).run(*example_inputs)
     new = copy_graph(graph)
-    looks = any(node.op == "call_method" and node.target in _LAYOUT_METHODS for node in new.nodes)
+    names = {getattr(node.target, "__name__", node.target) for node in new.nodes if node.op.startswith("call_")}
+    looks = not names.isdisjoint(_LAYOUT_CALLS)
     for node, other in zip(list(new.nodes), list(actual.nodes), strict=True):
         wanted, found = type_of(node), type_of(other)
         if (
@@ -414,8 +416,10 @@ def _keep_layouts(root: nn.Module, graph: fx.Graph, example_inputs: Sequence[Any
     return new
 
 
-_LAYOUT_METHODS = frozenset(
+# Calls whose result, or whether that is a view, depends on strides.
+_LAYOUT_CALLS = frozenset(
     {"view", "view_as", "as_strided", "stride", "is_contiguous", "data_ptr", "untyped_storage", "storage_offset"}
+    | {"reshape", "reshape_as", "flatten", "ravel", "contiguous"}
 )
 
 

@@ -171,6 +171,11 @@ class Writers:
     def __init__(self, graph: fx.Graph) -> None:
         self._writes = [(node, written) for node in graph.nodes if (written := writes(node))]
 
+    @property
+    def none(self) -> bool:
+        """Whether nothing in the graph writes."""
+        return not self._writes
+
     def write_any(self, reads: Iterable[fx.Node], after: fx.Node, before: fx.Node) -> bool:
         """Whether a node between ``after`` and ``before`` writes memory of the values ``reads``."""
         if not self._writes:

@@ -24,6 +24,7 @@ from .layout import (
     is_contiguous,
     label_strides,
     memory_order,
+    merged_loops,
     product,
     reuse_distance,
     shape_of,
@@ -33,10 +34,11 @@ from .program import Call, Program, Value
 from .signature import TensorType
 from .spec import EinsumSpec
 
-# Layouts of an intermediate that are kept until its consumer chooses; fewer in plans of many steps.
-_LAYOUTS = 4
-_LAYOUTS_OF_MANY = 2
-_MANY_STEPS = 24
+# Up to so many steps, how many layouts of each intermediate are kept until its consumer chooses.
+_LAYOUTS = ((4, 8), (24, 4), (math.inf, 2))
+
+# Elements from which on multiplying them costs more than the empty tensor that a product with a factor needs (0.9 us).
+_FREE_ALPHA = 4096
 
 # Products of these are not rounded before the sum by a matrix product, whose accumulator is wider.
 _NARROW = frozenset({torch.float16, torch.bfloat16})
@@ -157,10 +159,11 @@ class _Way(NamedTuple):
         swap: the operands change places.
         first: groups of labels that the first operand is viewed as, or copied to.
         second: the same of the second operand.
-        over: labels over which the second operand is expanded to be a batch (``product``), or that are summed
-            (``multiply and sum``).
+        over: labels over which the operand that is a matrix is expanded to be a batch (``product``), or that are
+            summed (``multiply and sum``).
         result: what comes out.
         seconds: modelled time of all of it.
+        flips: which operands are copied with the last two groups exchanged, and viewed with them exchanged back.
     """
 
     kind: str
@@ -170,6 +173,7 @@ class _Way(NamedTuple):
     over: str
     result: Layout
     seconds: float
+    flips: tuple[bool, bool] = (False, False)
 
 
 class _Choice(NamedTuple):
@@ -197,11 +201,12 @@ def _choose(
 ) -> list[list[_Choice]]:
     """For each value of the plan the layouts worth keeping, cheapest first."""
     choices = [[_Choice(layout, 0.0)] for layout in operands]
-    keep = _LAYOUTS if len(steps) < _MANY_STEPS else _LAYOUTS_OF_MANY
+    keep = next(kept for limit, kept in _LAYOUTS if len(steps) <= limit)
     hints = _hints(steps, operands, wanted)
     for number, step in enumerate(steps):
         last = number == len(steps) - 1
-        best: dict[Layout, _Choice] = {}
+        # Results that lie in memory alike are the same to the consumer, whatever the order of their dimensions.
+        best: dict[tuple[tuple[str, int], ...], _Choice] = {}
         left, right = step.operands
         for i, a in enumerate(choices[left]):
             for j, b in enumerate(choices[right]):
@@ -211,9 +216,10 @@ def _choose(
                     total = spent + way.seconds
                     if last:
                         total += _finish_seconds(context, way.result, wanted, contiguous)
-                    known = best.get(way.result)
+                    place = tuple(sorted(label_strides(way.result, context.sizes).items()))
+                    known = best.get(place)
                     if known is None or total < known.seconds:
-                        best[way.result] = _Choice(way.result, total, way, (i, j))
+                        best[place] = _Choice(way.result, total, way, (i, j))
         ranked = sorted(best.values(), key=lambda choice: choice.seconds)
         choices.append(ranked[: 1 if last else keep])
     return choices
@@ -350,7 +356,9 @@ def _loop_ways(
         loop = "".join(label for label in order if sx[label] > limit)
         rest = "".join(label for label in order if label not in loop)
         if loop and rest:
-            yield _product_way(context, swap, x, y, sx, sy, "", rest, memory_order(n, sy), along, loop)
+            columns = memory_order(n, sy)
+            yield _product_way(context, swap, x, y, sx, sy, "", rest, columns, along, loop)
+            yield _product_way(context, not swap, y, x, sy, sx, "", columns, rest, along, loop, expand_first=True)
 
 
 def _product_way(
@@ -365,55 +373,91 @@ def _product_way(
     columns: str,
     summed: str,
     loop: str = "",
+    expand_first: bool = False,
 ) -> _Way:
     sizes = context.sizes
     b, m, n, k = (product(group, sizes) for group in (batch + loop, rows, columns, summed))
     # torch.einsum makes all its matrix products by bmm, which refuses bool in another way than mm and dot.
-    refused = context.dtype is torch.bool
-    batched = bool(batch or loop) or refused
+    batched = bool(batch or loop) or context.dtype is torch.bool
     naive = batched and m * n * k < cost.CPU.small_products
     # Vectors stay vectors for mv and dot, except where those would accumulate in the narrow type.
     vector = not batched and context.dtype not in _NARROW
-    first = ((batch + loop,) if batched else ()) + ((rows,) if rows or not vector else ()) + (summed,)
-    second = ((batch,) if batch or refused else ()) + (summed,) + ((columns,) if columns or not vector else ())
-    seconds_x, strides_x = _matrix_seconds(x, first, sx, sizes, naive)
-    seconds_y, strides_y = _matrix_seconds(y, second, sy, sizes, naive)
-    place = bool(batch or refused)
-    seconds = seconds_x + seconds_y
-    seconds += cost.product_seconds(b, m, n, k, strides_x[-1] == 1, strides_y[place] == 1)
+    first = ((rows,) if rows or not vector else ()) + (summed,)
+    second = (summed,) + ((columns,) if columns or not vector else ())
+    dims = first[:-1] + second[1:]
+    if batched:
+        dims = (batch + loop, *dims)
+        first = first if loop and expand_first else (batch + loop, *first)
+        second = second if loop and not expand_first else (batch + loop, *second)
+    left, right = _matrix(x, first, sx, sizes, naive), _matrix(y, second, sy, sizes, naive)
+    along = right.strides[len(second) - 2] if len(second) > 1 else 1
+    seconds = left.seconds + right.seconds + cost.CPU.launch * bool(loop)
+    seconds += cost.product_seconds(b, m, n, k, left.strides[-1] == 1, along == 1)
     if not (context.dtype.is_floating_point or context.dtype.is_complex):
         # Products of integers run in plain loops of any size.
         seconds += b * m * n * k * 0.8e-9
-    if loop:
-        seconds += cost.CPU.launch
-    dims = ((batch + loop,) if batched else ()) + tuple(first[batched:-1]) + tuple(second[bool(batch or refused) + 1 :])
-    return _Way("product", swap, first, second, loop, contiguous_layout(dims, sizes), seconds)
+    result = contiguous_layout(dims, sizes)
+    return _Way("product", swap, first, second, loop, result, seconds, (left.flip, right.flip))
 
 
-def _matrix_seconds(
-    layout: Layout, groups: tuple[str, ...], strides: dict[str, int], sizes: Sizes, naive: bool
-) -> tuple[float, tuple[int, ...]]:
-    """Time to view a tensor as a matrix, or a batch of them, or to copy it where that is not possible or where no
-    dimension of the matrix is contiguous (then the product copies it itself).
+class _Matrix(NamedTuple):
+    """An operand of a matrix product.
+
+    Attributes:
+        seconds: time to view it as a matrix or a batch of them, or to copy it.
+        strides: its strides then.
+        flip: it is copied with the last two dimensions exchanged, and viewed with them exchanged back.
     """
+
+    seconds: float
+    strides: tuple[int, ...]
+    flip: bool
+
+
+def _matrix(layout: Layout, groups: tuple[str, ...], strides: dict[str, int], sizes: Sizes, naive: bool) -> _Matrix:
+    """A view where one exists with a contiguous dimension in the matrix: else the product would copy it itself."""
     launches = cost.CPU.launch * _arrange_calls(layout, groups)
     found = group_strides(groups, strides, sizes)
-    order = "".join(groups)
     if found is not None:
         shape = shape_of(groups[-2:], sizes)
         inner = found[-2:]
         if naive or len(shape) < 2 or 1 in shape:
-            return launches, found
+            return _Matrix(launches, found, False)
         if (inner[1] == 1 and inner[0] >= shape[1]) or (inner[0] == 1 and inner[1] >= shape[0]):
-            return launches, found
-    copy = _copy_seconds(order, strides, sizes)
-    return launches + copy, found or contiguous_layout(groups, sizes).strides
+            return _Matrix(launches, found, False)
+    straight = launches + _copy_seconds("".join(groups), strides, sizes)
+    if len(groups) > 1 and groups[-1] and groups[-2]:
+        other = _flipped(groups)
+        crossed = launches + _copy_seconds("".join(other), strides, sizes)
+        # Also where a view exists, as the product's own copy is the straight one.
+        if crossed + cost.CPU.launch < straight:
+            *outer, row, column = contiguous_layout(other, sizes).strides
+            return _Matrix(crossed + cost.CPU.launch, (*outer, column, row), True)
+    return _Matrix(straight, found or contiguous_layout(groups, sizes).strides, False)
+
+
+def _flipped(groups: tuple[str, ...]) -> tuple[str, ...]:
+    return (*groups[:-2], groups[-1], groups[-2])
+
+
+def _walk_seconds(order: str, tensors: Sequence[dict[str, int]], sizes: Sizes) -> float:
+    """Time of an elementwise call that walks the labels in this order."""
+    loops = merged_loops(order, tensors, sizes) or [1]
+    elements = math.prod(loops)
+    tile = max(math.prod(loops[-2:]), 1)
+    strided, distance, n_elements = False, 1, elements
+    for strides in tensors:
+        own = "".join(label for label in order if label in strides)
+        n_elements += product(own, sizes)
+        distance = max(distance, reuse_distance(own, strides, sizes))
+        strided = strided or bool(own and order[-1] in strides and strides[order[-1]] > 1)
+    rows = elements // max(loops[-1], 1)
+    return cost.walk_seconds(elements, rows, elements // tile, strided, distance, cost.ITEM * n_elements)
 
 
 def _copy_seconds(order: str, strides: dict[str, int], sizes: Sizes) -> float:
     """Time to copy a tensor so that it is contiguous when its labels are walked in this order."""
-    run = contiguous_run(order, strides, sizes)
-    return cost.copy_seconds(product(order, sizes), run, reuse_distance(order, strides, sizes))
+    return _walk_seconds(order, (strides,), sizes)
 
 
 def _multiply_ways(
@@ -421,7 +465,8 @@ def _multiply_ways(
 ) -> Iterator[_Way]:
     """Elementwise products. The order of the result is that of one of the operands, or the hint, or one in which labels
     of both operands come first or last, as the next matrix product may want; operands that are small next to the result
-    may be copied to get it."""
+    may be copied to get it.
+    """
     sizes = context.sizes
     in_a, in_b = memory_order(a.labels, sa), memory_order(b.labels, sb)
     rows = "".join(label for label in in_a if label not in in_b)
@@ -449,25 +494,24 @@ def _multiply_ways(
         x, y = (second, first) if swap else (first, second)
         sx, sy = (sb, sa) if swap else (sa, sb)
         result = _broadcast(order, [(x, sx), (y, sy)], sizes)
-        seconds = cost.multiply_seconds(elements, sum(counts))
-        seconds += cost.CPU.launch * (_arrange_calls(a, first) + _arrange_calls(b, second))
-        walk = memory_order(order, label_strides(result, sizes))
-        yield _Way("multiply", swap, x, y, "", result, seconds + _gather_seconds(walk, (sa, sb), sizes))
+        seconds = cost.CPU.launch * (_arrange_calls(a, first) + _arrange_calls(b, second))
+        strides = label_strides(result, sizes)
+        yield _Way(
+            "multiply",
+            swap,
+            x,
+            y,
+            "",
+            result,
+            seconds + _walk_seconds(memory_order(order, strides), (sa, sb, strides), sizes),
+        )
         wanted = contiguous_layout(tuple(order), sizes)
         if result != wanted and 4 * max(counts) <= elements:
-            spent = 2 * cost.CPU.launch + _gather_seconds(order, (sa, sb), sizes)
-            yield _Way("copy and multiply", swap, x, y, "", wanted, seconds + spent)
-
-
-def _gather_seconds(order: str, operands: Sequence[dict[str, int]], sizes: Sizes) -> float:
-    """Time that it takes longer to read operands in this order than in that of memory."""
-    seconds = 0.0
-    for strides in operands:
-        own = "".join(label for label in order if label in strides)
-        run = contiguous_run(own, strides, sizes)
-        if run < 16 and run < product(own, sizes):
-            seconds += _copy_seconds(own, strides, sizes) - cost.CPU.launch
-    return seconds
+            own = ["".join(label for label in order if label in strides) for strides in (sa, sb)]
+            seconds += _copy_seconds(own[0], sa, sizes) + _copy_seconds(own[1], sb, sizes)
+            copied = [label_strides(contiguous_layout(tuple(labels), sizes), sizes) for labels in own]
+            seconds += _walk_seconds(order, (*copied, label_strides(wanted, sizes)), sizes)
+            yield _Way("copy and multiply", swap, x, y, "", wanted, seconds)
 
 
 def _aligned(order: str, layout: Layout) -> tuple[str, ...]:
@@ -504,14 +548,10 @@ def _multiply_sum_way(
     inner, outer = (columns, rows) if columns else (rows, columns)
     order = batch + outer + summed + inner
     first, second = _aligned(order, a), _aligned(order, b)
-    seconds = cost.multiply_seconds(elements, product(a.labels + b.labels, sizes))
+    whole = label_strides(contiguous_layout(tuple(order), sizes), sizes)
+    seconds = _walk_seconds(order, (sa, sb, whole), sizes)
     seconds += cost.sum_seconds(elements, elements // max(product(summed, sizes), 1), not inner)
     seconds += cost.CPU.launch * (_arrange_calls(a, first) + _arrange_calls(b, second))
-    for strides in (sa, sb):
-        own = "".join(label for label in order if label in strides)
-        run = contiguous_run(own, strides, sizes)
-        if run < 16:
-            seconds += _copy_seconds(own, strides, sizes)
     dims = tuple(label for label in order if label not in summed)
     return _Way("multiply and sum", False, first, second, summed, contiguous_layout(dims, sizes), seconds)
 
@@ -598,6 +638,12 @@ class _Writer:
         moved = Layout(tuple(layout.dims[i] for i in places), tuple(layout.strides[i] for i in places))
         return self.call("permute", value, places, layout=moved)
 
+    def expand(self, value: int, over: str) -> int:
+        """Repeat a matrix over labels, as the first dimension of a batch."""
+        layout = self.layouts[value]
+        expanded = Layout((over, *layout.dims), (0, *layout.strides))
+        return self.call("expand", value, shape_of(expanded.dims, self.sizes), layout=expanded)
+
     def reshape(self, value: int, groups: tuple[str, ...]) -> int:
         """Merge and split dimensions, the order of the labels staying as it is."""
         layout = self.layouts[value]
@@ -624,7 +670,15 @@ class _Writer:
         value = self.permute(value, places)
         return value if reordered == groups else self.reshape(value, groups)
 
-    def scaled(self, value: int, scale: complex) -> int:
+    def matrix(self, value: int, groups: tuple[str, ...]) -> int:
+        """Arrange with the last two groups exchanged, and view them in their order: the copy on the way, for there is
+        one, is then along another dimension.
+        """
+        value = self.contiguous(self.arrange(value, _flipped(groups)))
+        last = len(groups) - 1
+        return self.permute(value, (*range(last - 1), last, last - 1))
+
+    def scaled(self, value: int, scale: complex | None) -> int:
         """Multiply by a number."""
         layout = self.layouts[value]
         shape = shape_of(layout.dims, self.sizes)
@@ -685,7 +739,8 @@ def _write(
     for number in reversed(range(len(steps))):
         children = choices[n + number][picked[n + number]].children
         picked.update(zip(steps[number].operands, children, strict=True))
-    scaled = None if scale is None else _smallest(context, steps, operands, scale)
+    ways = [choices[n + number][picked[n + number]].way for number in range(len(steps))]
+    place = None if scale is None else _place_of_factor(context, steps, operands, ways, scale)
     writer = _Writer(context.sizes, n)
     values: list[int] = []
     for number, operand in enumerate(operands):
@@ -698,17 +753,18 @@ def _write(
             value = values[operand_number]
             if operand_number < n:
                 value = writer.diagonals(value, operands[operand_number])
-            pair.append(writer.scaled(value, scale) if operand_number == scaled and scale is not None else value)
+            pair.append(writer.scaled(value, scale) if place == _Place("value", operand_number) else value)
         a, b = pair
         lone_a = _lone(writer.layouts[a], writer.layouts[b], step.spec.output)
         lone_b = _lone(writer.layouts[b], writer.layouts[a], step.spec.output)
         a = writer.sum(a, lone_a) if lone_a else a
         b = writer.sum(b, lone_b) if lone_b else b
-        way = choices[n + number][picked[n + number]].way
+        way = ways[number]
         assert way is not None
-        values.append(_write_way(writer, context, way, *((b, a) if way.swap else (a, b))))
+        alpha = scale if place == _Place("product", number) else None
+        values.append(_write_way(writer, context, way, *((b, a) if way.swap else (a, b)), alpha))
     result = values[-1]
-    if scale is not None and scaled == len(values) - 1:
+    if place == _Place("value", len(values) - 1):
         result = writer.scaled(result, scale)
     result = writer.arrange(result, wanted)
     if contiguous:
@@ -716,19 +772,24 @@ def _write(
     return writer.program(result, choices[-1][0].seconds)
 
 
-def _write_way(writer: _Writer, context: _Context, way: _Way, x: int, y: int) -> int:
+def _write_way(writer: _Writer, context: _Context, way: _Way, x: int, y: int, alpha: complex | None) -> int:
     sizes = writer.sizes
-    x, y = writer.arrange(x, way.first), writer.arrange(y, way.second)
+    x = writer.matrix(x, way.first) if way.flips[0] else writer.arrange(x, way.first)
+    y = writer.matrix(y, way.second) if way.flips[1] else writer.arrange(y, way.second)
     if way.kind == "product":
         if way.over:
-            along, columns = way.second
-            layout = writer.layouts[y]
-            dims = (way.over, along, columns)
-            y = writer.call("expand", y, shape_of(dims, sizes), layout=Layout(dims, (0, *layout.strides)))
+            x, y = (
+                writer.expand(value, way.over) if len(writer.layouts[value].dims) == 2 else value for value in (x, y)
+            )
         name = {(3, 3): "bmm", (2, 2): "mm", (2, 1): "mv", (1, 1): "dot"}[
             len(writer.layouts[x].dims), len(writer.layouts[y].dims)
         ]
-        return writer.call(name, x, Value(y), layout=way.result)
+        if alpha is None:
+            return writer.call(name, x, Value(y), layout=way.result)
+        # With beta=0 what is added is not even read.
+        nothing = writer.call("new_empty", x, (), layout=Layout((), ()))
+        added = {"mm": "addmm", "bmm": "baddbmm"}[name]
+        return writer.call(added, nothing, Value(x), Value(y), layout=way.result, beta=0, alpha=alpha)
     if way.kind == "copy and multiply":
         x, y = writer.contiguous(x), writer.contiguous(y)
     result = _product_layout(writer.layouts[x], writer.layouts[y], sizes)
@@ -751,13 +812,36 @@ def _product_layout(x: Layout, y: Layout, sizes: Sizes) -> Layout:
     return Layout(dims, elementwise_strides(shape_of(dims, sizes), described))
 
 
-def _smallest(context: _Context, steps: Sequence[Contraction], operands: Sequence[_Operand], scale: complex) -> int:
-    """The value of a plan with the fewest elements, the last of those; the result where the factor's type or the range
-    of a narrow type forbids another place.
+class _Place(NamedTuple):
+    """Where a factor is applied.
+
+    Attributes:
+        kind: to a ``value``, or in the ``product`` of a step.
+        number: of the value or step.
+    """
+
+    kind: str
+    number: int
+
+
+def _place_of_factor(
+    context: _Context,
+    steps: Sequence[Contraction],
+    operands: Sequence[_Operand],
+    ways: Sequence[_Way | None],
+    scale: complex,
+) -> _Place:
+    """The value of a plan with the fewest elements, the last of those, if they are few, else a matrix product: its
+    ``alpha`` is free. The result, where the factor's type or the range of a narrow type forbids another place.
     """
     counts = [product(operand.layout.labels, context.sizes) for operand in operands] + [step.size for step in steps]
     integer = not (context.dtype.is_floating_point or context.dtype.is_complex)
     promotes = (isinstance(scale, complex) and not context.dtype.is_complex) or (isinstance(scale, float) and integer)
-    if promotes or context.dtype in _NARROW:
-        return len(counts) - 1
-    return min(reversed(range(len(counts))), key=counts.__getitem__)
+    if promotes or context.dtype in _NARROW or context.dtype is torch.bool:
+        return _Place("value", len(counts) - 1)
+    smallest = min(reversed(range(len(counts))), key=counts.__getitem__)
+    if counts[smallest] >= _FREE_ALPHA:
+        for number, way in reversed(list(enumerate(ways))):
+            if way is not None and way.kind == "product" and len(way.result.dims) >= 2:
+                return _Place("product", number)
+    return _Place("value", smallest)

@@ -125,6 +125,29 @@ def reuse_distance(order: str, strides: Mapping[str, int], sizes: Sizes) -> int:
     return distance
 
 
+def merged_loops(order: str, tensors: Sequence[Mapping[str, int]], sizes: Sizes) -> list[int]:
+    """Sizes of the loops over these labels, outermost first, after merging those that lie together in all tensors.
+
+    Args:
+        order: the labels.
+        tensors: strides of the labels of each tensor; labels that it lacks are repeated.
+        sizes: sizes of the labels.
+
+    >>> merged_loops("abc", [{"a": 12, "b": 4, "c": 1}, {"b": 4, "c": 1}], {"a": 2, "b": 3, "c": 4})
+    [2, 12]
+    """
+    loops: list[int] = []
+    previous = ""
+    for label in order:
+        size = sizes[label]
+        if previous and all(strides.get(previous, 0) == strides.get(label, 0) * size for strides in tensors):
+            loops[-1] *= size
+        else:
+            loops.append(size)
+        previous = label
+    return loops
+
+
 def elementwise_strides(
     shape: tuple[int, ...], operands: Sequence[tuple[tuple[int, ...], tuple[int, ...]]]
 ) -> tuple[int, ...]:

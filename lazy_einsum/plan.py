@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import heapq
+import inspect
 import math
 import random
 from collections.abc import Callable, Iterator, Sequence
@@ -16,7 +17,6 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-import opt_einsum
 from opt_einsum.path_random import RandomOptimizer
 from opt_einsum.paths import get_path_fn
 
@@ -34,7 +34,8 @@ Optimize = Any
 _EXHAUSTIVE = 6
 # Operands of the subtrees that are optimized again after a greedy search.
 _SUBTREE = 8
-_SEEDS = 24
+# Searches label by label, if the budget allows.
+_TRIALS = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -407,16 +408,15 @@ def _search(network: _Network, limit: float) -> tuple[str, Path]:
     if n <= _EXHAUSTIVE:
         found = _exhaustive(network, limit)
         return "exhaustive search", _required(found, limit)
-    budget = 12_000 if n <= 16 else min(250_000, 2_000 * n)
     simple, prefix = _simplify(network)
     candidates: list[tuple[str, Path]] = []
-    rest = _Budget(budget)
+    rest = _Budget(16_000 if n <= 10 else 10_000)
     exact = _by_components(simple, limit, rest)
     if exact is not None:
         candidates.append(("dynamic programming", prefix + _shift(exact, prefix, n, len(simple.terms))))
     else:
-        rest = _Budget(budget)
-        for name, path in _greedy_candidates(simple, n, _Budget(budget)):
+        rest = _Budget(4_000 + 400 * n)
+        for name, path in _candidates(simple, n, _Budget(2_000 + 600 * n)):
             better = _improve(simple, path, limit, rest)
             candidates.append((name, prefix + _shift(better, prefix, n, len(simple.terms))))
     fitting = [item for item in candidates if network.largest(item[1]) <= limit]
@@ -685,19 +685,28 @@ def _shift(path: Path, prefix: Path, n: int, left: int) -> Path:
     return tuple(tuple(names[i] if i < left else n + len(prefix) + i - left for i in step) for step in path)
 
 
-def _greedy_candidates(network: _Network, seed: int, budget: _Budget) -> list[tuple[str, Path]]:
-    """The best few of many greedy searches: opt_einsum's own, and ours with several cost functions and some noise."""
+def _candidates(network: _Network, seed: int, budget: _Budget) -> list[tuple[str, Path]]:
+    """The best three of many quick searches: opt_einsum's greedy one; ours, pair by pair with several scores; and ours,
+    label by label with several scores, without noise and with some.
+    """
     found: dict[Path, str] = {}
-    named = _to_pairs(network, _call_foreign(network, get_path_fn("greedy"), None))
-    found[named] = "greedy (opt_einsum)"
-    for trial in range(_SEEDS):
-        noise = random.Random(seed * 1000 + trial) if trial >= len(_SCORES) else None
-        path = _greedy(network, _SCORES[trial % len(_SCORES)], noise, budget)
-        found.setdefault(path, "greedy")
+    greedy = _to_pairs(network, _call_foreign(network, get_path_fn("greedy"), None))
+    found[greedy] = "greedy (opt_einsum)"
+    for score in _SCORES:
+        found.setdefault(_greedy(network, score, budget), "greedy")
+    for trial in range(_TRIALS):
         if budget.left <= 0:
             break
+        # Noise by powers of 2: how much of it helps differs between networks by an order of magnitude.
+        noise = random.Random(seed * 1000 + trial) if trial >= len(_LABEL_SCORES) else None
+        path = _eliminate(network, _LABEL_SCORES[trial % len(_LABEL_SCORES)], noise, 0.1 * 2 ** (trial % 4), budget)
+        found.setdefault(path, "elimination")
     ranked = sorted(found.items(), key=lambda item: network.seconds(item[0]))
     return [(name, path) for path, name in ranked[:3]]
+
+
+def _log(size: float) -> float:
+    return math.log(size) if size else 0.0
 
 
 _Score = Callable[[float, float, float], float]
@@ -705,56 +714,124 @@ _Score = Callable[[float, float, float], float]
 # Score of a pair from the sizes of its result and of its operands; the lowest is contracted first.
 _SCORES: tuple[_Score, ...] = (
     lambda result, a, b: result - a - b,
-    lambda result, a, b: math.log(result + 1) - math.log(a + b + 1),
-    lambda result, a, b: result - max(a, b),
-    lambda result, a, b: math.log(result + 1) - 0.5 * math.log(a * b + 1),
-    lambda result, a, b: result,
+    lambda result, a, b: _log(result) - _log(a + b),
+    lambda result, a, b: _log(result) - 0.5 * _log(a * b),
 )
 
 
-def _greedy(network: _Network, score: _Score, noise: random.Random | None, budget: _Budget) -> Path:
+def _greedy(network: _Network, score: _Score, budget: _Budget) -> Path:
+    """Contract the pair with the lowest score until one tensor is left."""
     terms = dict(enumerate(network.terms))
-    holders: dict[int, dict[int, None]] = {}
-    for number, term in terms.items():
-        for bit in _bits(term):
-            holders.setdefault(bit, {})[number] = None
+    holders = _holders(terms)
     count = _Count(network.terms, network.output)
     size = network.size
     heap: list[tuple[float, int, int]] = []
 
     def push(one: int, two: int) -> None:
         a, b = terms[one], terms[two]
-        value = score(size(count.peek(a, b)), size(a), size(b))
-        if noise is not None:
-            # Gumbel noise in proportion: pairs of about the same score change places.
-            value += 0.2 * abs(value) * math.log(-math.log(noise.random() or 0.5))
-        heapq.heappush(heap, (value, one, two))
+        heapq.heappush(heap, (score(size(count.peek(a, b)), size(a), size(b)), one, two))
         budget.left -= 1
 
     for number, term in terms.items():
-        partners = {other: None for bit in _bits(term) for other in holders[bit] if other > number}
-        for other in partners:
+        for other in {other: None for bit in _bits(term) for other in holders[bit] if other > number}:
             push(number, other)
     path: list[tuple[int, ...]] = []
     while heap:
         _, one, two = heapq.heappop(heap)
         if one not in terms or two not in terms:
             continue
-        a, b = terms.pop(one), terms.pop(two)
-        for bit in _bits(a):
-            del holders[bit][one]
-        for bit in _bits(b):
-            del holders[bit][two]
-        result = count.contract(a, b)
+        result = count.contract(terms[one], terms[two])
+        partners = {other: None for bit in _bits(result) for other in holders[bit] if other not in (one, two)}
         new = len(network.terms) + len(path)
         path.append((one, two))
-        terms[new] = result
-        partners = {other: None for bit in _bits(result) for other in holders[bit]}
-        for bit in _bits(result):
-            holders[bit][new] = None
+        _replace(terms, holders, (one, two), new, result)
         for other in partners:
             push(other, new)
     return tuple(_join(network, path, list(terms)))
+
+
+def _holders(terms: dict[int, int]) -> dict[int, dict[int, None]]:
+    """For each label the tensors that have it."""
+    holders: dict[int, dict[int, None]] = {}
+    for number, term in terms.items():
+        for bit in _bits(term):
+            holders.setdefault(bit, {})[number] = None
+    return holders
+
+
+def _replace(
+    terms: dict[int, int], holders: dict[int, dict[int, None]], pair: tuple[int, int], new: int, result: int
+) -> None:
+    """Put the result of a contraction in place of its operands."""
+    for number in pair:
+        for bit in _bits(terms.pop(number)):
+            del holders[bit][number]
+    terms[new] = result
+    for bit in _bits(result):
+        holders[bit][new] = None
+
+
+_LabelScore = Callable[[float, float, float, float, int], float]
+
+# Score of a label from sizes: of the union of the tensors that have it, of that without the label, of all of them
+# together, of the label; and their number. The label with the lowest score is summed first.
+_LABEL_SCORES: tuple[_LabelScore, ...] = (
+    lambda union, result, parts, label, number: _log(result),
+    lambda union, result, parts, label, number: _log(union) - _log(parts),
+    lambda union, result, parts, label, number: _log(result) - 0.5 * number * _log(label),
+    lambda union, result, parts, label, number: _log(union),
+)
+
+
+def _eliminate(
+    network: _Network, score: _LabelScore, noise: random.Random | None, scale: float, budget: _Budget
+) -> Path:
+    """Contract all tensors that have the label with the lowest score, the smallest ones first, until every label that
+    is summed has been; then what is left. Much better than pair by pair where labels are in many tensors.
+    """
+    terms = dict(enumerate(network.terms))
+    holders = _holders(terms)
+    count = _Count(network.terms, network.output)
+    size = network.size
+    path: list[tuple[int, ...]] = []
+
+    def rate(bit: int) -> float:
+        budget.left -= 1
+        union, parts = 0, 0
+        for number in holders[bit]:
+            union |= terms[number]
+            parts += size(terms[number])
+        value = score(size(union), size(union & ~bit), parts, size(bit), len(holders[bit]))
+        # Gumbel noise: the chance of a label to come first falls exponentially with its score.
+        return value if noise is None else value + scale * math.log(-math.log(noise.random() or 0.5))
+
+    ratings = {bit: rate(bit) for bit in holders if not bit & network.output}
+    while ratings:
+        chosen = min(ratings, key=lambda bit: (ratings[bit], bit))
+        heap = [(size(terms[number]), number) for number in holders[chosen]]
+        heapq.heapify(heap)
+        touched = 0
+        while len(heap) > 1:
+            (_, one), (_, two) = heapq.heappop(heap), heapq.heappop(heap)
+            touched |= terms[one] | terms[two]
+            result = count.contract(terms[one], terms[two])
+            new = len(network.terms) + len(path)
+            path.append((one, two))
+            _replace(terms, holders, (one, two), new, result)
+            heapq.heappush(heap, (size(result), new))
+        del ratings[chosen]
+        for bit in _bits(touched):
+            if bit in ratings:
+                if holders[bit]:
+                    ratings[bit] = rate(bit)
+                else:
+                    del ratings[bit]
+    rest = network.with_terms(list(terms.values()), network.output)
+    numbers = list(terms)
+    for left, right in _greedy(rest, _SCORES[0], budget):
+        path.append((numbers[left], numbers[right]))
+        numbers.append(len(network.terms) + len(path) - 1)
+    return tuple(path)
 
 
 def _improve(network: _Network, path: Path, limit: float, budget: _Budget) -> Path:
@@ -835,8 +912,8 @@ def check_optimize(optimize: object) -> None:
         get_path_fn(optimize)
     except KeyError:
         raise ValueError(
-                f"optimize={optimize!r} is not a strategy; expected 'auto' or a name that opt_einsum.contract_path takes"
-            ) from None
+            f"optimize={optimize!r} is not a strategy; expected 'auto' or a name that opt_einsum.contract_path takes"
+        ) from None
 
 
 def _foreign(network: _Network, optimize: Optimize, limit: float) -> tuple[str, Path]:
@@ -863,11 +940,24 @@ def _call_foreign(network: _Network, function: Callable[..., Any], limit: int | 
     output = frozenset(labels[bit.bit_length() - 1] for bit in _bits(network.output))
     # opt_einsum's random searches seed Python's global generator; the caller's numbers must not depend on planning.
     state = random.getstate()
+    arguments = [inputs, output, dict(zip(labels, network.sizes, strict=True))]
     try:
-        path = function(inputs, output, dict(zip(labels, network.sizes, strict=True)), limit)
+        path = function(*arguments, limit) if _takes_limit(function) else function(*arguments)
     finally:
         random.setstate(state)
-    return tuple(tuple(step) for step in path)
+    return tuple(tuple(map(int, step)) for step in path)
+
+
+def _takes_limit(function: Callable[..., Any]) -> bool:
+    """Whether a strategy has a fourth parameter: some of cotengra's have none."""
+    try:
+        inspect.signature(function).bind((), (), {}, None)
+    except TypeError:
+        return False
+    except ValueError:
+        # A function of C may have no signature that Python can read.
+        return True
+    return True
 
 
 def _to_pairs(network: _Network, path: Path) -> Path:

@@ -85,14 +85,20 @@ MUTANTS = [
     _one(
         "writes in place are not seen",
         "graph.py",
-        "        if not self._writes:\n            return False\n        known",
-        "        return False\n        known",
+        "return any(after < node < before and _overlap(written, storages) for node, written in self._writes)",
+        "return False",
     ),
     _one(
-        "operands that are written after autograd kept them",
+        "autograd keeps operands that are written later",
         "graph.py",
-        "None if may_require_grad(end) else end)",
-        "end)",
+        " and not (may_require_grad(end) and self.spoil_any(reads, start))",
+        "",
+    ),
+    _one(
+        "einsums whose operands are written later are rewritten",
+        "graph.py",
+        "return may_require_grad(node) and self.spoil_any(node.all_input_nodes, node)",
+        "return False",
     ),
     _one(
         "work moves into another grad mode",
@@ -151,8 +157,8 @@ MUTANTS = [
     _one(
         "single use is counted by users in the lowering",
         "passes/lower.py",
-        "found = self.pair(operand) if uses(operand) == 1 and",
-        "found = self.pair(operand) if len(operand.users) == 1 and",
+        "joins = uses(operand) == 1 and",
+        "joins = len(operand.users) == 1 and",
         "pure",
     ),
     _one(
@@ -182,7 +188,7 @@ MUTANTS = [
         "a key without the mode of training",
         "state.py",
         "    elif isinstance(found, Constant):\n",
-        '    elif path[-1][1] == "training":\n        pass\n    elif isinstance(found, Constant):\n',
+        '    elif path and path[-1][1] == "training":\n        pass\n    elif isinstance(found, Constant):\n',
     ),
     _one(
         "a key without the grad mode",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import doctest
+
 import pytest
 import torch
 from behaviour import clone_tree, differences, observe
@@ -9,6 +11,7 @@ from checks import specs
 from torch import einsum, fx, nn, rand
 from torch.fx.passes.shape_prop import ShapeProp
 
+from lazy_einsum import functional
 from lazy_einsum.functional import (
     EfficientShapeProp,
     fuse_einsums,
@@ -116,6 +119,38 @@ def test_two_and_fifty_labels_are_not_exceeded():
 
     inputs = rand(2, 3), rand(3, 2), torch.ones(1)
     torch.testing.assert_close(optimize_einsums_full(program, inputs)(*inputs), program(*inputs))
+
+
+def test_example_inputs_may_be_results():
+    x = X.clone().requires_grad_() * 2
+    both = x, x.t()
+    module = fx.symbolic_trace(lambda x, y: (x.relu_(), y))
+    EfficientShapeProp(module).run(*both)
+    assert len({facts(node).storage for node in list(module.graph.nodes)[:3]}) == 1
+
+
+def test_leaf_modules_that_branch_on_data():
+    class Branch(nn.Module):
+        def forward(self, x):
+            return x * 2 if x.sum() > 0 else x
+
+    class Tracer(fx.Tracer):
+        def is_leaf_module(self, module, name):
+            return isinstance(module, Branch)
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.branch = Branch()
+
+        def forward(self, x, y):
+            return einsum("ij,jk,kl->il", self.branch(x), y, y.t()) + einsum("ij,jk,kl->il", x, y, y.t())
+
+    model = Model()
+    with pytest.warns(RuntimeWarning, match="unknown shape"):
+        optimized = optimize_einsums_full(model, (X, Y), tracer_class=Tracer)
+    assert len(specs(optimized.graph)) == 3
+    torch.testing.assert_close(optimized(X, Y), model(X, Y))
 
 
 def test_nothing_runs_on_real_data():
@@ -273,3 +308,19 @@ def test_scripting():
     torch.testing.assert_close(torch.jit.script(kept)(X, Y), program(X, Y))
     graph = fx.symbolic_trace(program).graph
     assert jitable(graph) is graph
+
+
+def test_examples_in_docstrings():
+    failed, tried = doctest.testmod(functional)
+    assert (failed, tried > 5) == (0, True)
+
+
+def test_a_copy_stays_a_copy():
+    def program(x, y):
+        z = einsum("ij,jk,kl->li", x, y, y.t())
+        flat = z.reshape(-1)
+        flat.add_(1.0)
+        return z, flat
+
+    z, _ = optimize_einsums_full(program, (X, Y))(X, Y)
+    torch.testing.assert_close(z, program(X, Y)[0])

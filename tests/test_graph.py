@@ -180,7 +180,7 @@ def test_writers():
 
 def test_a_call_that_may_write_anything():
     graph = program_of(lambda x, y: (x.exp(), y.exp()))
-    x, y, a, b, output = graph.nodes
+    x, y, _, b, output = graph.nodes
     stamp(b, replace(facts(b), writes=(EVERYTHING,)))
     writers = Writers(graph)
     assert writers.write_any([x], x, output)

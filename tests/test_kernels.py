@@ -307,6 +307,13 @@ def test_scale_goes_to_the_fewest_elements() -> None:
     assert scaled("ab,bc->ac", (4, 100), (100, 40)) == "result"
     assert scaled("ab,bc,cd->ad", (100, 50), (50, 2), (2, 100)) == 1
     assert scaled("a,b->ab", (3,), (4,)) == 0
+    # From some thousand elements on a matrix product takes the factor for free.
+    for equation, name in (("ab,bc->ac", "addmm"), ("zab,zbc->zac", "baddbmm"), ("zab,zbc->caz", "baddbmm")):
+        operands = [torch.randn([80] * len(term)) for term in equation.split("->")[0].split(",")]
+        program = program_of(equation, operands, scale=0.5)
+        assert name in targets(program)
+        assert "mul" not in targets(program)
+        torch.testing.assert_close(run(program, operands), torch.einsum(equation, *operands) * 0.5)
     # Where the factor changes the type, or could leave the range of a narrow type, it stays on the result.
     assert scaled("ab,bc->ac", (100, 3), (3, 100), dtype=torch.int64) == "result"
     assert scaled("ab,bc->ac", (100, 3), (3, 100), dtype=torch.float16) == "result"

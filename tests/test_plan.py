@@ -221,6 +221,18 @@ def test_a_callable_sees_the_normalised_network() -> None:
     assert len(seen) == 2, "what a callable returned may not be kept"
 
 
+def test_a_callable_need_not_take_a_limit() -> None:
+    row = Row("ab,bc,cd->ad", ((2, 3), (3, 4), (4, 5)))
+    check(make_plan(parse(row), row.shapes, lambda inputs, output, sizes: [(1, 2), (0, 1)]), row)
+
+
+def test_cotengra() -> None:
+    cotengra = pytest.importorskip("cotengra")
+    row = Row("ab,bc,cd,de->ae", ((2, 3), (3, 4), (4, 2), (2, 3)))
+    for optimizer in (cotengra.GreedyOptimizer(), cotengra.OptimalOptimizer(), cotengra.RandomGreedyOptimizer()):
+        check(make_plan(parse(row), row.shapes, optimizer), row)
+
+
 def test_memory_limit() -> None:
     # Best is the outer product of the vectors; within 50 elements only the other orders remain.
     equation, shapes = "a,b,abc->c", [(10,), (10,), (10, 10, 100)]

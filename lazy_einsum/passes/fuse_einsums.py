@@ -28,7 +28,7 @@ def fuse_einsums(reassociate: bool | None = None) -> Callable[[fx.Graph], fx.Gra
 
     After::
 
-        einsum_1 = torch.einsum("ab,bc,ab->a", x, y, x)
+        einsum_1 = torch.einsum("ab,bc,ad->a", x, y, x)
 
     An einsum is inlined where it is used exactly once, and by an einsum; where nothing between the two writes memory
     that it reads (nor anything later, if autograd keeps operands); where both run in the same grad mode and outside

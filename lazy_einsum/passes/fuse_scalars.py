@@ -54,7 +54,15 @@ def fuse_scalars(reassociate: bool | None = None) -> Callable[[fx.Graph], fx.Gra
     """
 
     def run(graph: fx.Graph) -> fx.Graph:
-        return copy_graph(graph) if reassociate is False else _Gather(graph, reassociate).run()
+        if reassociate is False:
+            return copy_graph(graph)
+        gather = _Gather(graph, reassociate)
+        new = gather.run()
+        while gather.merged:
+            # A value that two calls used may be used by one now, into which its factor can go.
+            gather = _Gather(new, reassociate)
+            new = gather.run()
+        return new
 
     return run
 
@@ -91,6 +99,7 @@ class _Gather:
         self.sharers = Counter(known.storage for node in graph.nodes if (known := facts(node)))
         self.values: dict[fx.Node, fx.Node] = {}
         self.scaled: dict[fx.Node, _Scaled] = {}
+        self.merged = False
 
     def run(self) -> fx.Graph:
         among = tensors(self.old)
@@ -121,8 +130,10 @@ class _Gather:
             inner = self.scaled.get(operand)
             if inner is None:
                 return _Scaled(self.values[operand], total, self.is_private(operand), as_written=True)
+            self.merged = True
             return _Scaled(inner.core, total, inner.private)
         if scaled and total.fits(dtype_of(node), self.reassociate):
+            self.merged = True
             return self.without_factors(node, linear, total)
         # Each factor fits alone, but not their product.
         for operand in dict.fromkeys(scaled):

@@ -38,6 +38,12 @@ _DTYPES = frozenset(
 )
 
 
+# Views that cost a call and hold no memory of their own.
+_VIEWS = frozenset({"permute", "unsqueeze", "expand", "diagonal", "transpose"})
+# Longer chains become several trees: reading one is recursive.
+_DEPTH = 64
+
+
 def lower(reassociate: bool | None = None) -> Callable[[fx.Graph], fx.Graph]:
     """The pass that replaces einsums by the fewest calls that compute them.
 
@@ -79,9 +85,10 @@ def lower(reassociate: bool | None = None) -> Callable[[fx.Graph], fx.Graph]:
                 inner.update(tree.nodes)
                 trees.append(tree)
         written: dict[fx.Node, fx.Node] = {}
+        write = _Write(storages, {} if writers.none else None)
         for tree in reversed(trees):
             leaves = [written.get(leaf, leaf) for leaf in tree.leaves]
-            written[tree.root] = _write(tree, leaves, inner.issuperset(tree.root.users), storages)
+            written[tree.root] = write.tree(tree, leaves, inner.issuperset(tree.root.users))
         return new
 
     return run
@@ -130,16 +137,20 @@ class _Reader:
         self.nodes: list[fx.Node] = []
         self.leaves: list[fx.Node] = []
         self.free: Iterator[str] = iter(())
+        self.depth = 0
 
     def read(self) -> _Tree | None:
         node = self.root
         scaled = self.scaling(node)
         if scaled is not None:
             operand, factor = scaled
-            if uses(operand) != 1 or not self.writers.allow([operand], operand, node) or not same_mode(operand, node):
+            if uses(operand) != 1 or not same_mode(operand, node):
                 return None
             found = self.pair(operand)
-            if found is None or (found[0].is_view_only and factor.value == 1):
+            # All is computed where the scaling stands, so that is where operands are read.
+            if found is None or not self.writers.allow([operand, *found[1]], operand, node):
+                return None
+            if found[0].is_view_only and factor.value == 1:
                 return None
             self.factor = factor
             self.nodes.append(node)
@@ -168,10 +179,12 @@ class _Reader:
 
     def step(self, node: fx.Node, spec: EinsumSpec, operands: Sequence[fx.Node]) -> _Step:
         self.nodes.append(node)
+        self.depth += 1
         taken = tuple(
             self.operand(node, operand, term, len(operands))
             for operand, term in zip(operands, spec.inputs, strict=True)
         )
+        self.depth -= 1
         return _Step(taken, spec)
 
     def operand(self, user: fx.Node, operand: fx.Node, term: str, siblings: int) -> int | _Step:
@@ -180,7 +193,8 @@ class _Reader:
         if scaled is not None and self.writers.allow([scaled[0]], operand, self.root):
             self.nodes.append(operand)
             operand, self.factor = scaled
-        found = self.pair(operand) if uses(operand) == 1 and siblings == 2 and len(set(term)) == len(term) else None
+        joins = uses(operand) == 1 and siblings == 2 and len(set(term)) == len(term) and self.depth < _DEPTH
+        found = self.pair(operand) if joins else None
         if (
             found is not None
             and len(found[1]) == 2
@@ -213,52 +227,76 @@ class _Reader:
         return found if len(dtypes) == 1 and dtypes <= _DTYPES else None
 
 
-def _write(tree: _Tree, leaves: Sequence[fx.Node], free: bool, storages: Iterator[int]) -> fx.Node:
-    """Replace the tree by its program.
+class _Write(NamedTuple):
+    """Writes trees into their graph.
 
-    Args:
-        tree: what is replaced.
-        leaves: the nodes that give its leaves by now.
-        free: whether any strides will do.
+    Attributes:
         storages: numbers for new memory.
-
-    Returns:
-        What gives the value of ``tree.root`` now.
+        views: views written so far, to be used again; ``None`` where something is written in place, as a view has a
+            place in autograd's graph of its own then.
     """
-    root, graph = tree.root, tree.root.graph
-    known = facts(root)
-    assert known is not None
-    assert known.type is not None
-    types = [entering for leaf in leaves if (entering := type_of(leaf))]
-    number = None if tree.factor == ONE else tree.factor.number
-    is_view = tree.step.spec.is_view_only and number is None
-    order = None if free or is_view else _memory_order(known.type)
-    program = lower_plan(_plan(tree, order), types, contiguous=order is not None, scale=number)
-    inside = replace(known, type=None, storage=next(storages), writes=())
-    with graph.inserting_before(root):
-        result = _emit(graph, program, leaves, inside)
-        stride = program.stride
-        if order is not None and order != tuple(range(len(order))):
-            result = stamp(
-                graph.call_method("permute", (result, tuple(order.index(dim) for dim in range(len(order))))), inside
-            )
-            stride = contiguous_strides([known.type.shape[dim] for dim in order])
-            stride = tuple(stride[order.index(dim)] for dim in range(len(order)))
-    result.meta = dict(root.meta)
-    stamp(result, replace(known, type=replace(known.type, stride=normal_strides(known.type.shape, stride))))
-    root.replace_all_uses_with(result)
-    for node in reversed(tree.nodes):
-        graph.erase_node(node)
-    return result
 
+    storages: Iterator[int]
+    views: dict[tuple[object, ...], fx.Node] | None
 
-def _emit(graph: fx.Graph, program: Program, leaves: Sequence[fx.Node], inside: Facts) -> fx.Node:
-    """Write the calls of a program at the insertion point; the node of its result."""
-    values = list(leaves)
-    for call in program.calls:
-        args = tuple(values[arg.number] if isinstance(arg, Value) else arg for arg in call.args)
-        values.append(stamp(graph.call_method(call.target, args, dict(call.kwargs)), inside))
-    return values[-1]
+    def tree(self, tree: _Tree, leaves: Sequence[fx.Node], free: bool) -> fx.Node:
+        """Replace the tree by its program.
+
+        Args:
+            tree: what is replaced.
+            leaves: the nodes that give its leaves by now.
+            free: whether any strides will do.
+
+        Returns:
+            What gives the value of ``tree.root`` now.
+        """
+        root, graph = tree.root, tree.root.graph
+        known = facts(root)
+        assert known is not None
+        assert known.type is not None
+        types = [entering for leaf in leaves if (entering := type_of(leaf))]
+        number = None if tree.factor == ONE else tree.factor.number
+        is_view = tree.step.spec.is_view_only and number is None
+        order = None if free or is_view else _memory_order(known.type)
+        program = lower_plan(_plan(tree, order), types, contiguous=order is not None, scale=number)
+        inside = replace(known, type=None, storage=next(self.storages), writes=())
+        with graph.inserting_before(root):
+            result = self.calls(graph, program, leaves, inside)
+            stride = program.stride
+            if order is not None and order != tuple(range(len(order))):
+                result = self.permute(graph, result, tuple(order.index(dim) for dim in range(len(order))), inside)
+                stride = contiguous_strides([known.type.shape[dim] for dim in order])
+                stride = tuple(stride[order.index(dim)] for dim in range(len(order)))
+        result.meta = dict(root.meta)
+        stamp(result, replace(known, type=replace(known.type, stride=normal_strides(known.type.shape, stride))))
+        root.replace_all_uses_with(result)
+        for node in reversed(tree.nodes):
+            graph.erase_node(node)
+        return result
+
+    def calls(self, graph: fx.Graph, program: Program, leaves: Sequence[fx.Node], inside: Facts) -> fx.Node:
+        """Write the calls of a program at the insertion point; the node of its result."""
+        values = list(leaves)
+        for call in program.calls:
+            args = tuple(values[arg.number] if isinstance(arg, Value) else arg for arg in call.args)
+            # The last call's value is the user's: two results are never one tensor.
+            key = (call.target, args, call.kwargs, inside.grad) if call is not program.calls[-1] else None
+            known = self.views.get(key) if self.views is not None and key is not None else None
+            value = known or stamp(graph.call_method(call.target, args, dict(call.kwargs)), inside)
+            if self.views is not None and key is not None and call.target in _VIEWS:
+                self.views[key] = value
+            values.append(value)
+        return values[-1]
+
+    def permute(self, graph: fx.Graph, value: fx.Node, order: tuple[int, ...], inside: Facts) -> fx.Node:
+        """A permutation of ``value``, made one with the permutation that gives ``value``."""
+        if value.op == "call_method" and value.target == "permute" and not value.users:
+            source, before = value.args
+            assert isinstance(source, fx.Node)
+            assert isinstance(before, tuple)
+            value.args = (source, tuple(before[dim] for dim in order))
+            return value
+        return stamp(graph.call_method("permute", (value, order)), inside)
 
 
 def _plan(tree: _Tree, order: Sequence[int] | None) -> Plan:

@@ -94,6 +94,16 @@ def test_scalings_join_the_program():
     assert found[0] == "mul = x0.mul(1.5)"
 
 
+def test_operands_are_read_before_they_are_written():
+    def program(x, y):
+        z = einsum("ij,jk->ik", x, y)
+        x.add_(1.0)
+        return z * 2.0
+
+    check_pass(run, program, rand(30, 4, dtype=torch.float64), rand(4, 50, dtype=torch.float64))
+    check_pass(planned, program, rand(3, 4, dtype=torch.float64), rand(4, 5, dtype=torch.float64))
+
+
 def test_a_diagonal_over_a_product_and_values_used_twice():
     def program(x, y):
         z = einsum("ij,jk->ik", x, y)
