@@ -193,12 +193,7 @@ def tensor_check(types: Sequence[TensorType]) -> Callable[..., bool]:
     from torch._C._dynamo.guards import TensorGuards
 
     examples = [_example(known) for known in types]
-    # Strides of dimensions of size 1, and of empty tensors, mean nothing and are left open; so TensorType leaves them
-    # out.
-    strides = [
-        [None if size == 1 or known.numel == 0 else step for size, step in zip(known.shape, known.stride, strict=True)]
-        for known in types
-    ]
+    strides = [list(known.stride) for known in types]
     make: Any = TensorGuards  # its stub asks for other types than it takes
     check: Callable[..., bool] = make(
         *examples, dynamic_dims_sizes=[list(known.shape) for known in types], dynamic_dims_strides=strides

@@ -154,8 +154,10 @@ def pair_seconds(batch: int, m: int, n: int, k: int, machine: Machine = CPU) -> 
         machine: constants.
     """
     if k == 1:
-        elements = batch * m * n
-        return walk_seconds(elements, elements // max(n, m, 1), batch, False, 1, ITEM * (elements + batch * (m + n)))
+        # The best order of loops is assumed: the longest is the innermost.
+        tiles, rows, inner = sorted((batch, m, n))
+        elements = tiles * rows * inner
+        return walk_seconds(elements, tiles * rows, tiles, False, 1, ITEM * (elements + batch * (m + n)))
     if m > n:
         m, n = n, m
     # Small products like both operands contiguous along the summed label, large ones only the first.

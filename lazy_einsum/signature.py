@@ -55,8 +55,7 @@ class TensorType:
         shape: sizes.
         dtype: element type.
         device: where it lives.
-        stride: strides in elements. A contiguous tensor always has its canonical strides here, whatever the strides
-            of its dimensions of size 1.
+        stride: strides in elements, those of dimensions of size 1 too: eager's layouts depend on them.
         requires_grad: whether autograd follows it.
         is_leaf: whether it is a leaf of autograd (an in-place write to a leaf that requires grad is an error).
         is_parameter: whether it is an ``nn.Parameter``.
@@ -83,13 +82,11 @@ class TensorType:
         >>> str(TensorType.of(torch.zeros(2, 3)))
         'f32[2, 3]'
         """
-        shape = tuple(tensor.shape)
-        stride = contiguous_strides(shape) if tensor.is_contiguous() else tuple(tensor.stride())
         return cls(
-            shape,
+            tuple(tensor.shape),
             tensor.dtype,
             tensor.device,
-            stride,
+            tuple(tensor.stride()),
             tensor.requires_grad,
             _is_leaf(tensor),
             isinstance(tensor, torch.nn.Parameter),
@@ -106,7 +103,10 @@ class TensorType:
     @property
     def is_contiguous(self) -> bool:
         """Whether the elements lie in memory in the order of the indices."""
-        return self.stride == contiguous_strides(self.shape)
+        expected = contiguous_strides(self.shape)
+        return self.numel == 0 or all(
+            size == 1 or mine == wanted for size, mine, wanted in zip(self.shape, self.stride, expected, strict=True)
+        )
 
     def __str__(self) -> str:
         text = f"{_DTYPE_NAMES.get(self.dtype, str(self.dtype))}[{', '.join(map(str, self.shape))}]"

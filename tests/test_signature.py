@@ -53,10 +53,12 @@ def test_type_in_words(tensor: torch.Tensor, text: str) -> None:
     assert str(TensorType.of(tensor)) == text
 
 
-def test_strides_of_size_one_mean_nothing() -> None:
+def test_strides_of_dimensions_of_size_one_are_kept() -> None:
+    """User code may read them, and the layout that eager gives to results depends on them."""
     base = torch.zeros(4, 6)
-    assert TensorType.of(base[:1]) == TensorType.of(torch.zeros(1, 6))
     assert TensorType.of(base[:, :1]) != TensorType.of(torch.zeros(4, 1))
+    column = TensorType.of(torch.zeros(6, 1).T)
+    assert column.stride == (1, 1) and column.is_contiguous and column != TensorType.of(torch.zeros(1, 6))
 
 
 def test_type_of_a_view_that_autograd_refuses_to_place() -> None:

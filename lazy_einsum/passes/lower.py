@@ -258,10 +258,17 @@ class _Write(NamedTuple):
         number = None if tree.factor == ONE else tree.factor.number
         is_view = tree.step.spec.is_view_only and number is None
         order = None if free or is_view else _memory_order(known.type)
+        if order is not None and 1 in known.type.shape:
+            # Fake tensors now and then have other strides than real ones where a size is 1: eager's result might be
+            # contiguous after all, so this one is.
+            order = tuple(range(len(order)))
         program = lower_plan(_plan(tree, order), types, contiguous=order is not None, scale=number)
         inside = replace(known, type=None, storage=next(self.storages), writes=())
         with graph.inserting_before(root):
             result = self.calls(graph, program, leaves, inside)
+            if not is_view and any(entering.is_conj for entering in types):
+                # ``dot`` of two lazily conjugated vectors gives a lazily conjugated result, torch.einsum does not.
+                result = stamp(graph.call_method("resolve_conj", (result,)), inside)
             stride = program.stride
             if order is not None and order != tuple(range(len(order))):
                 result = self.permute(graph, result, tuple(order.index(dim) for dim in range(len(order))), inside)

@@ -94,6 +94,14 @@ def test_scalings_join_the_program():
     assert found[0] == "mul = x0.mul(1.5)"
 
 
+def test_lazily_conjugated_operands():
+    x, y = rand(4, dtype=torch.complex128), rand(4, dtype=torch.complex128)
+    for equation in ("i,i->", "i,j->ij", "i,i->i"):
+        check_pass(run, lambda x, y, equation=equation: einsum(equation, x.conj(), y.conj()), x, y)
+    check_pass(run, lambda x: einsum("i->i", x.conj()), x)
+    check_pass(run, lambda x: einsum("i->", x.conj().imag), x)
+
+
 def test_operands_are_read_before_they_are_written():
     def program(x, y):
         z = einsum("ij,jk->ik", x, y)
