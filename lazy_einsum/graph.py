@@ -120,18 +120,10 @@ def fresh_storage(graph: fx.Graph) -> int:
 
 def fresh_type(operand: TensorType) -> TensorType:
     """The type of a new tensor that an elementwise call makes of ``operand``."""
-    stride = normal_strides(operand.shape, elementwise_strides(operand.shape, [(operand.shape, operand.stride)]))
+    stride = elementwise_strides(operand.shape, [(operand.shape, operand.stride)])
     return TensorType(
         operand.shape, operand.dtype, operand.device, stride, operand.requires_grad, is_leaf=not operand.requires_grad
     )
-
-
-def normal_strides(shape: Sequence[int], stride: Sequence[int]) -> tuple[int, ...]:
-    """``stride`` as ``TensorType`` has it: the canonical strides where a tensor of these strides is contiguous."""
-    canonical = contiguous_strides(shape)
-    if 0 in shape or all(size == 1 or a == b for size, a, b in zip(shape, stride, canonical, strict=True)):
-        return canonical
-    return tuple(stride)
 
 
 def writes(node: fx.Node) -> tuple[int, ...]:
@@ -350,7 +342,7 @@ def write_einsum(
         step = dict.fromkeys(term, 0)
         for label, stride in zip(term, types[0].stride, strict=True):
             step[label] += stride
-        strides = normal_strides(shape, [step[label] for label in spec.output])
+        strides = tuple(step[label] for label in spec.output)
         view = replace(result, stride=strides, is_conj=types[0].is_conj, is_neg=types[0].is_neg)
         return stamp(node, replace(base, type=view, storage=known[0].storage, writes=()))
     return stamp(

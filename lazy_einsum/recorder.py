@@ -492,11 +492,14 @@ class Recorder(TorchFunctionMode):
                 self._register_items(item, inner)
 
     def _refresh(self, written: tuple[int, ...]) -> None:
-        """After a write, views of the written memory have a new ``grad_fn``: take it over."""
+        """After a write, views of the written memory have a new ``grad_fn``, and may require grad: take that over."""
         if written:
             for known in self._known.values():
                 if self._storage(known.tensor) in written:
                     known.grad_fn = grad_fn_of(known.tensor)
+                    before = facts(known.node)
+                    if before is not None and before.type is not None and known.tensor.requires_grad:
+                        stamp(known.node, replace(before, type=replace(before.type, requires_grad=True, is_leaf=False)))
 
     def _switch_grad(self, enabled: bool, func: Any, args: Any, kwargs: Any) -> Any:
         result = func(*args, **kwargs)

@@ -124,7 +124,7 @@ class _Witness(fx.Interpreter):
             assert getattr(true, name) == getattr(known.type, name), (
                 f"{name} of {node} is {getattr(true, name)}, not {known.type}"
             )
-        if not self.has_einsums:
+        if value.numel() and not self.has_einsums:
             # Before einsums are lowered, the facts say which strides they have to have in the end. Dimensions of size 1
             # have none that matter.
             strides = zip(true.shape, true.stride, known.type.stride)

@@ -17,7 +17,6 @@ from ..graph import (
     facts,
     fresh_storage,
     is_einsum,
-    normal_strides,
     read_einsum,
     same_mode,
     stamp,
@@ -275,7 +274,7 @@ class _Write(NamedTuple):
                 stride = contiguous_strides([known.type.shape[dim] for dim in order])
                 stride = tuple(stride[order.index(dim)] for dim in range(len(order)))
         result.meta = dict(root.meta)
-        stamp(result, replace(known, type=replace(known.type, stride=normal_strides(known.type.shape, stride))))
+        stamp(result, replace(known, type=replace(known.type, stride=stride)))
         root.replace_all_uses_with(result)
         for node in reversed(tree.nodes):
             graph.erase_node(node)
