@@ -8,7 +8,7 @@ a method of ``Tensor`` that autograd, functorch and ``torch.fx`` know.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -18,37 +18,39 @@ from .layout import (
     Layout,
     Sizes,
     contiguous_layout,
-    contiguous_run,
+    count_calls,
     elementwise_strides,
     group_strides,
     is_contiguous,
     label_strides,
-    memory_order,
-    merged_loops,
+    permutation_of,
     product,
-    reuse_distance,
+    reordered_dims,
     shape_of,
+    split_dims,
 )
 from .plan import Contraction, Plan
 from .program import Call, Program, Value
 from .signature import TensorType
 from .spec import EinsumSpec
+from .ways import (
+    NARROW,
+    Context,
+    Way,
+    after_sums,
+    copy_seconds,
+    flipped,
+    lone_labels,
+    split_for_sum,
+    summed_layout,
+    ways,
+)
 
 # Up to so many steps, how many layouts of each intermediate are kept until its consumer chooses.
 _LAYOUTS = ((4, 8), (24, 4), (math.inf, 2))
 
 # Elements from which on multiplying them costs more than the empty tensor that a product with a factor needs (0.9 us).
 _FREE_ALPHA = 4096
-
-# Products of these are not rounded before the sum by a matrix product, whose accumulator is wider.
-_NARROW = frozenset({torch.float16, torch.bfloat16})
-# A matrix product of bool is refused by torch.einsum: no other kernel may make it work.
-_SUMMABLE = frozenset(
-    {
-        *(torch.float32, torch.float64, torch.complex64, torch.complex128),
-        *(torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64),
-    }
-)
 
 
 def lower(
@@ -104,23 +106,9 @@ def _lower(
     for term, type_ in zip(spec.inputs, types, strict=True):
         dims = [label if size != 1 else "" for label, size in zip(term, type_.shape, strict=True)]
         operands.append(_operand(dims, type_.stride))
-    context = _Context(sizes, types[0].dtype, any(type_.requires_grad for type_ in types))
+    context = Context(sizes, types[0].dtype, any(type_.requires_grad for type_ in types))
     choices = _choose(context, steps, [operand.layout for operand in operands], wanted, contiguous)
     return _write(context, steps, operands, choices, wanted, contiguous, scale)
-
-
-class _Context(NamedTuple):
-    """What all steps of a lowering share.
-
-    Attributes:
-        sizes: size of each label.
-        dtype: of the operands.
-        grad: whether gradients will be asked for.
-    """
-
-    sizes: Sizes
-    dtype: torch.dtype
-    grad: bool
 
 
 class _Operand(NamedTuple):
@@ -151,31 +139,6 @@ def _operand(labels: Sequence[str], stride: Sequence[int]) -> _Operand:
 # --- choosing ---------------------------------------------------------------------------------------------------------
 
 
-class _Way(NamedTuple):
-    """One way to contract two tensors.
-
-    Attributes:
-        kind: ``product`` (mm, bmm, mv or dot), ``multiply``, ``copy and multiply``, or ``multiply and sum``.
-        swap: the operands change places.
-        first: groups of labels that the first operand is viewed as, or copied to.
-        second: the same of the second operand.
-        over: labels over which the operand that is a matrix is expanded to be a batch (``product``), or that are
-            summed (``multiply and sum``).
-        result: what comes out.
-        seconds: modelled time of all of it.
-        flips: which operands are copied with the last two groups exchanged, and viewed with them exchanged back.
-    """
-
-    kind: str
-    swap: bool
-    first: tuple[str, ...]
-    second: tuple[str, ...]
-    over: str
-    result: Layout
-    seconds: float
-    flips: tuple[bool, bool] = (False, False)
-
-
 class _Choice(NamedTuple):
     """A value of a plan in one of its layouts.
 
@@ -188,12 +151,12 @@ class _Choice(NamedTuple):
 
     layout: Layout
     seconds: float
-    way: _Way | None = None
+    way: Way | None = None
     children: tuple[int, int] = (0, 0)
 
 
 def _choose(
-    context: _Context,
+    context: Context,
     steps: Sequence[Contraction],
     operands: Sequence[Layout],
     wanted: tuple[str, ...],
@@ -210,9 +173,9 @@ def _choose(
         left, right = step.operands
         for i, a in enumerate(choices[left]):
             for j, b in enumerate(choices[right]):
-                one, two, spent = _after_sums(context, a.layout, b.layout, step.spec.output)
+                one, two, spent = after_sums(context, a.layout, b.layout, step.spec.output)
                 spent += a.seconds + b.seconds
-                for way in _ways(context, one, two, step.spec.output, hints[number]):
+                for way in ways(context, one, two, step.spec.output, hints[number]):
                     total = spent + way.seconds
                     if last:
                         total += _finish_seconds(context, way.result, wanted, contiguous)
@@ -243,359 +206,15 @@ def _hints(steps: Sequence[Contraction], operands: Sequence[Layout], wanted: tup
     return hints
 
 
-def _lone(one: Layout, two: Layout, output: str) -> str:
-    """Labels of ``one`` that are in neither ``two`` nor the output."""
-    others = two.labels + output
-    return "".join(label for label in one.labels if label not in others)
-
-
-def _after_sums(context: _Context, a: Layout, b: Layout, output: str) -> tuple[Layout, Layout, float]:
-    """Both operands without the labels that only one of them has, and the time that takes."""
-    spent = 0.0
-    sizes = context.sizes
-    results = []
-    for one, two in ((a, b), (b, a)):
-        lone = _lone(one, two, output)
-        if lone:
-            before = product(one.labels, sizes)
-            split = _split_for_sum(one.dims, lone)
-            spent += cost.CPU.launch * (split != one.dims)
-            innermost = bool(split[-1]) and split[-1][-1] in lone
-            one = _summed(split, lone, sizes)
-            spent += cost.sum_seconds(before, product(one.labels, sizes), innermost)
-        results.append(one)
-    return results[0], results[1], spent
-
-
-def _split_for_sum(dims: tuple[str, ...], lone: str) -> tuple[str, ...]:
-    """The dimensions, those that only a part of is summed split into labels."""
-    split: list[str] = []
-    for dim in dims:
-        there = sum(label in lone for label in dim)
-        split.extend(dim if 0 < there < len(dim) else (dim,))
-    return tuple(split)
-
-
-def _summed(dims: tuple[str, ...], lone: str, sizes: Sizes) -> Layout:
-    return contiguous_layout([dim for dim in dims if not dim or dim[0] not in lone], sizes)
-
-
-def _finish_seconds(context: _Context, result: Layout, wanted: tuple[str, ...], contiguous: bool) -> float:
+def _finish_seconds(context: Context, result: Layout, wanted: tuple[str, ...], contiguous: bool) -> float:
     """Time to bring the result into the order that was asked for."""
     sizes = context.sizes
     strides = label_strides(result, sizes)
-    seconds = cost.CPU.launch * _arrange_calls(result, wanted)
+    seconds = cost.CPU.launch * count_calls(result, wanted)
     order = "".join(wanted)
     if contiguous and not is_contiguous(shape_of(order, sizes), [strides[label] for label in order]):
-        seconds += _copy_seconds(order, strides, sizes)
+        seconds += copy_seconds(order, strides, sizes)
     return seconds
-
-
-def _ways(context: _Context, a: Layout, b: Layout, output: str, hint: str) -> Iterator[_Way]:
-    """Ways to contract two tensors that share no lone label, the result being in any order."""
-    sizes = context.sizes
-    in_a, in_b = a.labels, b.labels
-    common = [label for label in in_a if label in in_b]
-    batch = "".join(label for label in common if label in output)
-    summed = "".join(label for label in common if label not in output)
-    rows = "".join(label for label in in_a if label not in in_b)
-    columns = "".join(label for label in in_b if label not in in_a)
-    sa, sb = label_strides(a, sizes), label_strides(b, sizes)
-    if not summed:
-        yield from _multiply_ways(context, a, b, sa, sb, hint)
-        return
-    if context.dtype in _SUMMABLE and (batch or (rows and columns)):
-        way = _multiply_sum_way(context, a, b, sa, sb, (batch, rows, columns, summed))
-        if way is not None:
-            yield way
-    batches = _distinct(memory_order(batch, sa), memory_order(batch, sb), _by_hint(batch, hint))
-    sums = _distinct(memory_order(summed, sa), memory_order(summed, sb))
-    for swap in (False, True):
-        x, y, sx, sy, m, n = (b, a, sb, sa, columns, rows) if swap else (a, b, sa, sb, rows, columns)
-        if not m and (swap if not n else not batch):
-            # Without a batch a vector has no other side; without any rows and columns neither has one.
-            continue
-        row_orders = _distinct(memory_order(m, sx), _by_hint(m, hint))
-        column_orders = _distinct(memory_order(n, sy), _by_hint(n, hint))
-        for order in batches:
-            for along in sums:
-                for row in row_orders:
-                    for column in column_orders:
-                        yield _product_way(context, swap, x, y, sx, sy, order, row, column, along)
-        if not batch and context.dtype is not torch.bool and not (context.grad and context.dtype.is_floating_point):
-            yield from _loop_ways(context, swap, x, y, sx, sy, m, n, sums)
-
-
-def _distinct(*orders: str) -> list[str]:
-    return list(dict.fromkeys(orders))
-
-
-def _by_hint(labels: str, hint: str) -> str:
-    return "".join(sorted(labels, key=lambda label: hint.find(label)))
-
-
-def _loop_ways(
-    context: _Context,
-    swap: bool,
-    x: Layout,
-    y: Layout,
-    sx: dict[str, int],
-    sy: dict[str, int],
-    m: str,
-    n: str,
-    sums: list[str],
-) -> Iterator[_Way]:
-    """Labels of the first operand that lie outside the summed ones in memory become a batch over which the second
-    operand is expanded: no copy where rows on both sides of the sum can't be merged.
-
-    Not under autograd: the gradient of an expanded operand is first made for each of the batch, then summed.
-    """
-    for along in sums:
-        limit = max(sx[label] for label in along)
-        order = memory_order(m, sx)
-        loop = "".join(label for label in order if sx[label] > limit)
-        rest = "".join(label for label in order if label not in loop)
-        if loop and rest:
-            columns = memory_order(n, sy)
-            yield _product_way(context, swap, x, y, sx, sy, "", rest, columns, along, loop)
-            yield _product_way(context, not swap, y, x, sy, sx, "", columns, rest, along, loop, expand_first=True)
-
-
-def _product_way(
-    context: _Context,
-    swap: bool,
-    x: Layout,
-    y: Layout,
-    sx: dict[str, int],
-    sy: dict[str, int],
-    batch: str,
-    rows: str,
-    columns: str,
-    summed: str,
-    loop: str = "",
-    expand_first: bool = False,
-) -> _Way:
-    sizes = context.sizes
-    b, m, n, k = (product(group, sizes) for group in (batch + loop, rows, columns, summed))
-    # torch.einsum makes all its matrix products by bmm, which refuses bool in another way than mm and dot.
-    batched = bool(batch or loop) or context.dtype is torch.bool
-    naive = batched and m * n * k < cost.CPU.small_products
-    # Vectors stay vectors for mv and dot, except where those would accumulate in the narrow type.
-    vector = not batched and context.dtype not in _NARROW
-    first = ((rows,) if rows or not vector else ()) + (summed,)
-    second = (summed,) + ((columns,) if columns or not vector else ())
-    dims = first[:-1] + second[1:]
-    if batched:
-        dims = (batch + loop, *dims)
-        first = first if loop and expand_first else (batch + loop, *first)
-        second = second if loop and not expand_first else (batch + loop, *second)
-    left, right = _matrix(x, first, sx, sizes, naive), _matrix(y, second, sy, sizes, naive)
-    along = right.strides[len(second) - 2] if len(second) > 1 else 1
-    seconds = left.seconds + right.seconds + cost.CPU.launch * bool(loop)
-    seconds += cost.product_seconds(b, m, n, k, left.strides[-1] == 1, along == 1)
-    if not (context.dtype.is_floating_point or context.dtype.is_complex):
-        # Products of integers run in plain loops of any size.
-        seconds += b * m * n * k * 0.8e-9
-    result = contiguous_layout(dims, sizes)
-    return _Way("product", swap, first, second, loop, result, seconds, (left.flip, right.flip))
-
-
-class _Matrix(NamedTuple):
-    """An operand of a matrix product.
-
-    Attributes:
-        seconds: time to view it as a matrix or a batch of them, or to copy it.
-        strides: its strides then.
-        flip: it is copied with the last two dimensions exchanged, and viewed with them exchanged back.
-    """
-
-    seconds: float
-    strides: tuple[int, ...]
-    flip: bool
-
-
-def _matrix(layout: Layout, groups: tuple[str, ...], strides: dict[str, int], sizes: Sizes, naive: bool) -> _Matrix:
-    """A view where one exists with a contiguous dimension in the matrix: else the product would copy it itself."""
-    launches = cost.CPU.launch * _arrange_calls(layout, groups)
-    found = group_strides(groups, strides, sizes)
-    if found is not None:
-        shape = shape_of(groups[-2:], sizes)
-        inner = found[-2:]
-        if naive or len(shape) < 2 or 1 in shape:
-            return _Matrix(launches, found, False)
-        if (inner[1] == 1 and inner[0] >= shape[1]) or (inner[0] == 1 and inner[1] >= shape[0]):
-            return _Matrix(launches, found, False)
-    straight = launches + _copy_seconds("".join(groups), strides, sizes)
-    if len(groups) > 1 and groups[-1] and groups[-2]:
-        other = _flipped(groups)
-        crossed = launches + _copy_seconds("".join(other), strides, sizes)
-        # Also where a view exists, as the product's own copy is the straight one.
-        if crossed + cost.CPU.launch < straight:
-            *outer, row, column = contiguous_layout(other, sizes).strides
-            return _Matrix(crossed + cost.CPU.launch, (*outer, column, row), True)
-    return _Matrix(straight, found or contiguous_layout(groups, sizes).strides, False)
-
-
-def _flipped(groups: tuple[str, ...]) -> tuple[str, ...]:
-    return (*groups[:-2], groups[-1], groups[-2])
-
-
-def _walk_seconds(order: str, tensors: Sequence[dict[str, int]], sizes: Sizes) -> float:
-    """Time of an elementwise call that walks the labels in this order."""
-    loops = merged_loops(order, tensors, sizes) or [1]
-    elements = math.prod(loops)
-    tile = max(math.prod(loops[-2:]), 1)
-    strided, distance, n_elements = False, 1, elements
-    for strides in tensors:
-        own = "".join(label for label in order if label in strides)
-        n_elements += product(own, sizes)
-        distance = max(distance, reuse_distance(own, strides, sizes))
-        strided = strided or bool(own and order[-1] in strides and strides[order[-1]] > 1)
-    rows = elements // max(loops[-1], 1)
-    return cost.walk_seconds(elements, rows, elements // tile, strided, distance, cost.ITEM * n_elements)
-
-
-def _copy_seconds(order: str, strides: dict[str, int], sizes: Sizes) -> float:
-    """Time to copy a tensor so that it is contiguous when its labels are walked in this order."""
-    return _walk_seconds(order, (strides,), sizes)
-
-
-def _multiply_ways(
-    context: _Context, a: Layout, b: Layout, sa: dict[str, int], sb: dict[str, int], hint: str
-) -> Iterator[_Way]:
-    """Elementwise products. The order of the result is that of one of the operands, or the hint, or one in which labels
-    of both operands come first or last, as the next matrix product may want; operands that are small next to the result
-    may be copied to get it.
-    """
-    sizes = context.sizes
-    in_a, in_b = memory_order(a.labels, sa), memory_order(b.labels, sb)
-    rows = "".join(label for label in in_a if label not in in_b)
-    columns = "".join(label for label in in_b if label not in in_a)
-    common = "".join(label for label in in_a if label in in_b)
-    orders = _distinct(
-        in_a + columns,
-        in_b + rows,
-        _by_hint(in_a + columns, hint),
-        common + rows + columns,
-        common + columns + rows,
-        rows + columns + common,
-        columns + rows + common,
-    )
-    counts = product(a.labels, sizes), product(b.labels, sizes)
-    elements = product(orders[0], sizes)
-    for order in orders:
-        first, second = _aligned(order, a), _aligned(order, b)
-        runs = [
-            contiguous_run("".join(label for label in order if label in strides), strides, sizes)
-            for strides in (sa, sb)
-        ]
-        # The operand that lies in memory as the result is read decides how the result lies.
-        swap = counts[1] * min(runs[1], 16) > counts[0] * min(runs[0], 16)
-        x, y = (second, first) if swap else (first, second)
-        sx, sy = (sb, sa) if swap else (sa, sb)
-        result = _broadcast(order, [(x, sx), (y, sy)], sizes)
-        seconds = cost.CPU.launch * (_arrange_calls(a, first) + _arrange_calls(b, second))
-        strides = label_strides(result, sizes)
-        yield _Way(
-            "multiply",
-            swap,
-            x,
-            y,
-            "",
-            result,
-            seconds + _walk_seconds(memory_order(order, strides), (sa, sb, strides), sizes),
-        )
-        wanted = contiguous_layout(tuple(order), sizes)
-        if result != wanted and 4 * max(counts) <= elements:
-            own = ["".join(label for label in order if label in strides) for strides in (sa, sb)]
-            seconds += _copy_seconds(own[0], sa, sizes) + _copy_seconds(own[1], sb, sizes)
-            copied = [label_strides(contiguous_layout(tuple(labels), sizes), sizes) for labels in own]
-            seconds += _walk_seconds(order, (*copied, label_strides(wanted, sizes)), sizes)
-            yield _Way("copy and multiply", swap, x, y, "", wanted, seconds)
-
-
-def _aligned(order: str, layout: Layout) -> tuple[str, ...]:
-    """Dimensions of an operand that broadcast to ``order``: one for each label, none before the first it has."""
-    groups = [label if label in layout.labels else "" for label in order]
-    while groups and not groups[0]:
-        del groups[0]
-    if not groups:
-        # A scalar broadcasts from any number of dimensions of size 1 that the other operand has too.
-        return layout.dims if len(layout.dims) <= len(order) else ()
-    return tuple(groups)
-
-
-def _broadcast(order: str, operands: Sequence[tuple[tuple[str, ...], dict[str, int]]], sizes: Sizes) -> Layout:
-    shape = shape_of(order, sizes)
-    described = []
-    for groups, strides in operands:
-        described.append((shape_of(groups, sizes), tuple(strides[group] if group else 1 for group in groups)))
-    return Layout(tuple(order), elementwise_strides(shape, described))
-
-
-def _multiply_sum_way(
-    context: _Context, a: Layout, b: Layout, sa: dict[str, int], sb: dict[str, int], groups: tuple[str, str, str, str]
-) -> _Way | None:
-    """The product of all elements, then a sum. Only while what lies between them stays in the cache."""
-    sizes = context.sizes
-    batch, rows, columns, summed = groups
-    elements = product(batch + rows + columns + summed, sizes)
-    if elements * cost.ITEM > cost.CPU.cache:
-        return None
-    rows, columns = memory_order(rows, sa), memory_order(columns, sb)
-    batch, summed = memory_order(batch, sa), memory_order(summed, sa)
-    # A sum over a dimension that is not the innermost adds whole vectors.
-    inner, outer = (columns, rows) if columns else (rows, columns)
-    order = batch + outer + summed + inner
-    first, second = _aligned(order, a), _aligned(order, b)
-    whole = label_strides(contiguous_layout(tuple(order), sizes), sizes)
-    seconds = _walk_seconds(order, (sa, sb, whole), sizes)
-    seconds += cost.sum_seconds(elements, elements // max(product(summed, sizes), 1), not inner)
-    seconds += cost.CPU.launch * (_arrange_calls(a, first) + _arrange_calls(b, second))
-    dims = tuple(label for label in order if label not in summed)
-    return _Way("multiply and sum", False, first, second, summed, contiguous_layout(dims, sizes), seconds)
-
-
-def _arrange_calls(layout: Layout, groups: tuple[str, ...]) -> int:
-    """How many calls ``_Writer.arrange`` will write."""
-    if layout.dims == groups:
-        return 0
-    if _moves(layout.dims, groups) is not None or layout.labels == "".join(groups):
-        return 1
-    middle = _coarsest(layout.dims, groups)
-    return (middle != layout.dims) + 1 + (tuple(group for group in _reordered(middle, groups)) != groups)
-
-
-def _moves(dims: tuple[str, ...], groups: tuple[str, ...]) -> tuple[int, ...] | None:
-    """The permutation of ``dims`` that gives ``groups``, if there is one."""
-    if len(dims) != len(groups):
-        return None
-    places: list[int] = []
-    for group in groups:
-        place = next((i for i, dim in enumerate(dims) if dim == group and i not in places), None)
-        if place is None:
-            return None
-        places.append(place)
-    return tuple(places)
-
-
-def _coarsest(dims: tuple[str, ...], groups: tuple[str, ...]) -> tuple[str, ...]:
-    """The dimensions, split as far as needed for a permutation to bring the labels into the order of the groups."""
-    order = "".join(groups)
-    if all(dim in order for dim in dims):
-        return dims
-    split: list[str] = []
-    for dim in dims:
-        if dim in order:
-            split.append(dim)
-        else:
-            split.extend(dim)
-    return tuple(split)
-
-
-def _reordered(dims: tuple[str, ...], groups: tuple[str, ...]) -> tuple[str, ...]:
-    order = "".join(groups)
-    return tuple(sorted((dim for dim in dims if dim), key=order.find)) + tuple(dim for dim in dims if not dim)
 
 
 # --- writing ----------------------------------------------------------------------------------------------------------
@@ -626,11 +245,11 @@ class _Writer:
 
     def sum(self, value: int, lone: str) -> int:
         """Sum over labels."""
-        dims = _split_for_sum(self.layouts[value].dims, lone)
+        dims = split_for_sum(self.layouts[value].dims, lone)
         if dims != self.layouts[value].dims:
             value = self.reshape(value, dims)
         places = tuple(place for place, dim in enumerate(dims) if dim and dim[0] in lone)
-        return self.call("sum", value, places, layout=_summed(dims, lone, self.sizes))
+        return self.call("sum", value, places, layout=summed_layout(dims, lone, self.sizes))
 
     def permute(self, value: int, places: tuple[int, ...]) -> int:
         """Permute dimensions."""
@@ -656,16 +275,16 @@ class _Writer:
         layout = self.layouts[value]
         if layout.dims == groups:
             return value
-        places = _moves(layout.dims, groups)
+        places = permutation_of(layout.dims, groups)
         if places is not None:
             return self.permute(value, places)
         if layout.labels == "".join(groups):
             return self.reshape(value, groups)
-        middle = _coarsest(layout.dims, groups)
+        middle = split_dims(layout.dims, groups)
         if middle != layout.dims:
             value = self.reshape(value, middle)
-        reordered = _reordered(middle, groups)
-        places = _moves(middle, reordered)
+        reordered = reordered_dims(middle, groups)
+        places = permutation_of(middle, reordered)
         assert places is not None
         value = self.permute(value, places)
         return value if reordered == groups else self.reshape(value, groups)
@@ -674,7 +293,7 @@ class _Writer:
         """Arrange with the last two groups exchanged, and view them in their order: the copy on the way, for there is
         one, is then along another dimension.
         """
-        value = self.contiguous(self.arrange(value, _flipped(groups)))
+        value = self.contiguous(self.arrange(value, flipped(groups)))
         last = len(groups) - 1
         return self.permute(value, (*range(last - 1), last, last - 1))
 
@@ -726,7 +345,7 @@ def _lower_single(
 
 
 def _write(
-    context: _Context,
+    context: Context,
     steps: Sequence[Contraction],
     operands: Sequence[_Operand],
     choices: Sequence[Sequence[_Choice]],
@@ -755,8 +374,8 @@ def _write(
                 value = writer.diagonals(value, operands[operand_number])
             pair.append(writer.scaled(value, scale) if place == _Place("value", operand_number) else value)
         a, b = pair
-        lone_a = _lone(writer.layouts[a], writer.layouts[b], step.spec.output)
-        lone_b = _lone(writer.layouts[b], writer.layouts[a], step.spec.output)
+        lone_a = lone_labels(writer.layouts[a], writer.layouts[b], step.spec.output)
+        lone_b = lone_labels(writer.layouts[b], writer.layouts[a], step.spec.output)
         a = writer.sum(a, lone_a) if lone_a else a
         b = writer.sum(b, lone_b) if lone_b else b
         way = ways[number]
@@ -772,7 +391,7 @@ def _write(
     return writer.program(result, choices[-1][0].seconds)
 
 
-def _write_way(writer: _Writer, context: _Context, way: _Way, x: int, y: int, alpha: complex | None) -> int:
+def _write_way(writer: _Writer, context: Context, way: Way, x: int, y: int, alpha: complex | None) -> int:
     sizes = writer.sizes
     x = writer.matrix(x, way.first) if way.flips[0] else writer.arrange(x, way.first)
     y = writer.matrix(y, way.second) if way.flips[1] else writer.arrange(y, way.second)
@@ -799,7 +418,7 @@ def _write_way(writer: _Writer, context: _Context, way: _Way, x: int, y: int, al
     places = tuple(place for place, dim in enumerate(result.dims) if dim and dim in way.over)
     # torch sums small integers to int64, but a contraction keeps their type.
     keep = {} if context.dtype.is_floating_point or context.dtype.is_complex else {"dtype": context.dtype}
-    return writer.call("sum", value, places, layout=_summed(result.dims, way.over, sizes), **keep)
+    return writer.call("sum", value, places, layout=summed_layout(result.dims, way.over, sizes), **keep)
 
 
 def _product_layout(x: Layout, y: Layout, sizes: Sizes) -> Layout:
@@ -825,10 +444,10 @@ class _Place(NamedTuple):
 
 
 def _place_of_factor(
-    context: _Context,
+    context: Context,
     steps: Sequence[Contraction],
     operands: Sequence[_Operand],
-    ways: Sequence[_Way | None],
+    ways: Sequence[Way | None],
     scale: complex,
 ) -> _Place:
     """The value of a plan with the fewest elements, the last of those, if they are few, else a matrix product: its
@@ -837,7 +456,7 @@ def _place_of_factor(
     counts = [product(operand.layout.labels, context.sizes) for operand in operands] + [step.size for step in steps]
     integer = not (context.dtype.is_floating_point or context.dtype.is_complex)
     promotes = (isinstance(scale, complex) and not context.dtype.is_complex) or (isinstance(scale, float) and integer)
-    if promotes or context.dtype in _NARROW or context.dtype is torch.bool:
+    if promotes or context.dtype in NARROW or context.dtype is torch.bool:
         return _Place("value", len(counts) - 1)
     smallest = min(reversed(range(len(counts))), key=counts.__getitem__)
     if counts[smallest] >= _FREE_ALPHA:

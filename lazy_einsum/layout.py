@@ -213,3 +213,46 @@ def _is_dense(shape: Sequence[int], strides: Sequence[int]) -> bool:
             return False
         step *= size
     return True
+
+
+def count_calls(layout: Layout, groups: tuple[str, ...]) -> int:
+    """How many calls it takes to make the dimensions these groups: a reshape, a permutation, a reshape, or fewer."""
+    if layout.dims == groups:
+        return 0
+    if permutation_of(layout.dims, groups) is not None or layout.labels == "".join(groups):
+        return 1
+    middle = split_dims(layout.dims, groups)
+    return (middle != layout.dims) + 1 + (tuple(group for group in reordered_dims(middle, groups)) != groups)
+
+
+def permutation_of(dims: tuple[str, ...], groups: tuple[str, ...]) -> tuple[int, ...] | None:
+    """The permutation of ``dims`` that gives ``groups``, if there is one."""
+    if len(dims) != len(groups):
+        return None
+    places: list[int] = []
+    for group in groups:
+        place = next((i for i, dim in enumerate(dims) if dim == group and i not in places), None)
+        if place is None:
+            return None
+        places.append(place)
+    return tuple(places)
+
+
+def split_dims(dims: tuple[str, ...], groups: tuple[str, ...]) -> tuple[str, ...]:
+    """The dimensions, split as far as needed for a permutation to bring the labels into the order of the groups."""
+    order = "".join(groups)
+    if all(dim in order for dim in dims):
+        return dims
+    split: list[str] = []
+    for dim in dims:
+        if dim in order:
+            split.append(dim)
+        else:
+            split.extend(dim)
+    return tuple(split)
+
+
+def reordered_dims(dims: tuple[str, ...], groups: tuple[str, ...]) -> tuple[str, ...]:
+    """The dimensions in the order of the groups' labels, those of size 1 last."""
+    order = "".join(groups)
+    return tuple(sorted((dim for dim in dims if dim), key=order.find)) + tuple(dim for dim in dims if not dim)

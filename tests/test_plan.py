@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import itertools
 import math
+import os
 import random
+import subprocess
+import sys
+import textwrap
 import time
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import opt_einsum
@@ -17,6 +22,7 @@ from hypothesis import given
 from oracle import loops
 
 from lazy_einsum import plan as planning
+from lazy_einsum import search
 from lazy_einsum.cost import pair_seconds
 from lazy_einsum.errors import EquationError, LazyEinsumError, MemoryLimitError
 from lazy_einsum.plan import Plan, make_plan
@@ -319,6 +325,33 @@ def test_planning_is_repeatable_and_leaves_random_numbers_alone() -> None:
     assert random.getstate() == state
 
 
+def test_plans_are_the_same_in_every_process() -> None:
+    # Sets of strings are walked in an order that differs between processes.
+    script = textwrap.dedent(
+        """
+        import sys
+        sys.path.insert(0, sys.argv[1])
+        from test_plan import CASES, make_plan, random_network
+        networks = [random_network(n, 2, seed) for n in (5, 9, 14, 25) for seed in range(3)]
+        for spec, shapes in [*networks, CASES["star of 40"](), CASES["random 40"]()]:
+            for optimize in ("auto", "greedy", "random-greedy", *(["dp", "branch-2"] if len(shapes) < 10 else [])):
+                print(make_plan(spec, shapes, optimize).ssa_path)
+        """
+    )
+    outputs = [
+        subprocess.run(
+            [sys.executable, "-c", script, str(Path(__file__).parent)],
+            env={**os.environ, "PYTHONHASHSEED": seed},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        for seed in ("1", "2")
+    ]
+    assert outputs[0].count("\n") > 40
+    assert outputs[0] == outputs[1]
+
+
 def test_plans_are_kept() -> None:
     spec, shapes = random_network(9, 2, seed=6)
     assert make_plan(spec, shapes) is make_plan(spec, [list(shape) for shape in shapes])
@@ -328,9 +361,9 @@ def test_plans_are_kept() -> None:
 def test_dynamic_programming_is_exact_without_outer_products() -> None:
     for seed in range(12):
         spec, shapes = random_network(7, 1, seed=seed, largest=9)
-        network = planning._Network.of(spec, shapes, spec.sizes(shapes), False)
-        connected = planning._by_components(network, math.inf, planning._Budget(10**6))
-        every = planning._exhaustive(network, math.inf)
+        network = search.Network.of(spec, shapes, spec.sizes(shapes), False)
+        connected = search.by_components(network, math.inf, search.Budget(10**6))
+        every = search.exhaustive(network, math.inf)
         assert connected is not None
         assert every is not None
         assert network.seconds(every) <= network.seconds(connected) * (1 + 1e-9)

@@ -1,0 +1,660 @@
+"""Contraction orders of a network: exact for few operands, good for many, bounded in steps and repeatable.
+
+A network is normalised first, as no path finder does it itself: diagonals are taken, labels of size 1 and labels that
+only one operand has are dropped. Then labels are bits, an operand is an integer, and an order is a list of pairs.
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+import random
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+from .cost import pair_seconds
+from .errors import MemoryLimitError
+from .spec import EinsumSpec
+
+Path = tuple[tuple[int, ...], ...]
+"""Steps of a contraction: what each consumes. Operands are numbered from 0, results of steps follow."""
+
+# Up to this many operands every pairwise order is tried, outer products included: 301 pairs of subsets at 6.
+_EXHAUSTIVE = 6
+# Operands of the subtrees that are optimized again after a greedy search.
+_SUBTREE = 8
+# Searches label by label, if the budget allows.
+_TRIALS = 32
+
+
+@dataclass(frozen=True, slots=True)
+class Network:
+    """An einsum as path finders see it: labels are bits; each term is a set of them.
+
+    Attributes:
+        terms: labels of each operand, without those of size 1 there and those that neither another operand nor the
+            result has.
+        output: labels of the result.
+        labels: the label of each bit.
+        sizes: its size.
+        memo: product of sizes of sets that were asked for.
+    """
+
+    terms: tuple[int, ...]
+    output: int
+    labels: str
+    sizes: tuple[int, ...]
+    memo: dict[int, int]
+
+    @classmethod
+    def of(cls, spec: EinsumSpec, shapes: Sequence[Sequence[int]], sizes: dict[str, int], generic: bool) -> Network:
+        """The network of an einsum.
+
+        Args:
+            spec: the einsum.
+            shapes: shape of each operand.
+            sizes: size of each label.
+            generic: labels of size 1 count too, as the sizes stand for others.
+        """
+        labels = "".join(label for label, size in sizes.items() if size != 1 or generic)
+        bits = {label: 1 << number for number, label in enumerate(labels)}
+        output = sum(bits.get(label, 0) for label in spec.output)
+        once, more, raw = 0, output, []
+        for term, shape in zip(spec.inputs, shapes, strict=True):
+            mask = 0
+            for label, size in zip(term, shape, strict=True):
+                if size != 1 or generic:
+                    mask |= bits[label]
+            raw.append(mask)
+            more |= once & mask
+            once |= mask
+        sizes_of = tuple(sizes[label] for label in labels)
+        memo = {0: 1} | {1 << number: size for number, size in enumerate(sizes_of)}
+        return cls(tuple(mask & more for mask in raw), output & once, labels, sizes_of, memo)
+
+    def size(self, mask: int) -> int:
+        """Number of elements of a tensor with these labels."""
+        known = self.memo.get(mask)
+        if known is None:
+            low = mask & -mask
+            known = self.memo[mask] = self.memo[low] * self.size(mask ^ low) if mask else 1
+        return known
+
+    def pair(self, a: int, b: int, result: int) -> float:
+        """Seconds of a contraction of the terms ``a`` and ``b`` to ``result``."""
+        size, common = self.size, a & b
+        return pair_seconds(size(common & result), size(a & ~common), size(b & ~common), size(common & ~result))
+
+    def results(self, path: Path) -> Iterator[tuple[int, int, int]]:
+        """For each step of a path of pairs: its two terms and its result."""
+        values = list(self.terms)
+        seen = LabelCount(self.terms, self.output)
+        for left, right in path:
+            a, b = values[left], values[right]
+            result = seen.contract(a, b)
+            values.append(result)
+            yield a, b, result
+
+    def seconds(self, path: Path) -> float:
+        """What the cost model expects of a path of pairs."""
+        return sum(self.pair(*step) for step in self.results(path))
+
+    def largest(self, path: Path) -> int:
+        """Elements of the largest intermediate, the result apart."""
+        return max((self.size(result) for _, _, result in list(self.results(path))[:-1]), default=0)
+
+    def with_terms(self, terms: Sequence[int], output: int) -> Network:
+        """Another network of the same labels."""
+        return Network(tuple(terms), output, self.labels, self.sizes, self.memo)
+
+
+class LabelCount:
+    """How many of the remaining tensors, the result among them, have each label: it tells what may be summed."""
+
+    __slots__ = ("count", "last")
+
+    def __init__(self, terms: Sequence[int], output: int) -> None:
+        count: dict[int, int] = {}
+        for mask in (*terms, output):
+            for bit in bits_of(mask):
+                count[bit] = count.get(bit, 0) + 1
+        self.count = count
+        #: Labels that exactly two tensors have: contracting those two sums them.
+        self.last = sum(bit for bit, number in count.items() if number == 2)
+
+    def peek(self, a: int, b: int) -> int:
+        """Labels of the contraction of ``a`` and ``b``."""
+        return (a | b) & ~(a & b & self.last)
+
+    def contract(self, a: int, b: int) -> int:
+        """The same, and count the result in place of ``a`` and ``b``."""
+        result = self.peek(a, b)
+        for bit in bits_of(a & b & result):
+            self.count[bit] -= 1
+            if self.count[bit] == 2:
+                self.last |= bit
+        return result
+
+
+def bits_of(mask: int) -> Iterator[int]:
+    """The labels of a set, one by one."""
+    while mask:
+        low = mask & -mask
+        yield low
+        mask ^= low
+
+
+def search(network: Network, limit: float, quick: Callable[[Network], Path]) -> tuple[str, Path]:
+    """The best order by the cost model, of those that a bounded search finds.
+
+    Args:
+        network: what to contract.
+        limit: elements that no intermediate may exceed; the result may.
+        quick: another search, whose order is considered where the network is too large for an exact one.
+
+    Returns:
+        What found the order, and its pairs.
+
+    Raises:
+        MemoryLimitError: no order was found that stays below the limit.
+    """
+    n = len(network.terms)
+    if n == 2:
+        return "exhaustive search", ((0, 1),)
+    if n <= _EXHAUSTIVE:
+        found = exhaustive(network, limit)
+        return "exhaustive search", _required(found, limit)
+    simple, prefix = _simplify(network)
+    candidates: list[tuple[str, Path]] = []
+    rest = Budget(16_000 if n <= 10 else 10_000)
+    exact = by_components(simple, limit, rest)
+    if exact is not None:
+        candidates.append(("dynamic programming", prefix + _shift(exact, prefix, n, len(simple.terms))))
+    else:
+        size = min(n, 250)
+        rest = Budget(4_000 + 400 * size)
+        for name, path in _candidates(simple, n, quick, Budget(2_000 + 600 * size)):
+            better = _improve(simple, path, limit, rest)
+            candidates.append((name, prefix + _shift(better, prefix, n, len(simple.terms))))
+    fitting = [item for item in candidates if network.largest(item[1]) <= limit]
+    if not fitting and len(network.terms) <= 12:
+        return "exhaustive search", _required(exhaustive(network, limit), limit)
+    if not fitting:
+        least = min(network.largest(path) for _, path in candidates)
+        raise MemoryLimitError(
+            f"no order of {n} operands was found whose intermediates have at most {int(limit)} elements; the best has "
+            f"one of {least}; raise memory_limit"
+        )
+    return min(fitting, key=lambda item: network.seconds(item[1]))
+
+
+def _required(path: Path | None, limit: float) -> Path:
+    if path is None:
+        raise MemoryLimitError(f"no order keeps all intermediates within {int(limit)} elements; raise memory_limit")
+    return path
+
+
+class Budget:
+    """Steps that a search may still take."""
+
+    __slots__ = ("left",)
+
+    def __init__(self, left: int) -> None:
+        self.left = left
+
+
+def exhaustive(network: Network, limit: float) -> Path | None:
+    """The best of all pairwise orders, outer products included, by dynamic programming over subsets of operands."""
+    terms = network.terms
+    n = len(terms)
+    full = (1 << n) - 1
+    union = [0] * (full + 1)
+    for subset in range(1, full + 1):
+        low = subset & -subset
+        union[subset] = union[subset ^ low] | terms[low.bit_length() - 1]
+    kept = [union[subset] & (union[full ^ subset] | network.output) for subset in range(full + 1)]
+    best = [0.0] * (full + 1)
+    split = [0] * (full + 1)
+    pair, size = network.pair, network.size
+    for subset in range(1, full + 1):
+        low = subset & -subset
+        rest = subset ^ low
+        if not rest:
+            continue
+        least, where = math.inf, 0
+        if subset == full or size(kept[subset]) <= limit:
+            # Each split once: the part with the lowest operand is always the left one.
+            other = rest
+            while other:
+                left = subset ^ other
+                known = best[left] + best[other]
+                if known < least:
+                    known += pair(kept[left], kept[other], kept[subset])
+                    if known < least:
+                        least, where = known, left
+                other = (other - 1) & rest
+        best[subset], split[subset] = least, where
+    if best[full] == math.inf:
+        return None
+    return _path_of_splits(dict(enumerate(split)), full, n)
+
+
+def _path_of_splits(split: dict[int, int], full: int, n: int) -> Path:
+    """Steps of a tree given as: which part of a set of operands is its left child."""
+    # Not recursive: the tree of a chain is as deep as it is long.
+    path: list[tuple[int, ...]] = []
+    number: dict[int, int] = {1 << operand: operand for operand in range(n)}
+    stack = [full]
+    while stack:
+        subset = stack[-1]
+        if subset in number:
+            stack.pop()
+            continue
+        left = split[subset]
+        missing = [part for part in (subset ^ left, left) if part not in number]
+        if missing:
+            stack.extend(missing)
+            continue
+        stack.pop()
+        path.append((number[left], number[subset ^ left]))
+        number[subset] = n + len(path) - 1
+    return tuple(path)
+
+
+def _connected(network: Network, limit: float, budget: Budget) -> Path | None:
+    """The best order without outer products of a connected network; ``None`` where the budget does not suffice.
+
+    Enumerates the pairs of disjoint, connected, adjacent sets of operands (Moerkotte and Neumann, 2006), each once,
+    then takes them by size, so that the parts of a set are solved before it.
+    """
+    terms, n = network.terms, len(network.terms)
+    if n == 1:
+        return ()
+    near = [0] * n
+    for i in range(n):
+        for j in range(i):
+            if terms[i] & terms[j]:
+                near[i] |= 1 << j
+                near[j] |= 1 << i
+    pairs = _adjacent_pairs(near, budget)
+    if pairs is None:
+        return None
+    full = (1 << n) - 1
+    union = {1 << i: term for i, term in enumerate(terms)}
+    holders = {
+        bit: sum(1 << i for i, term in enumerate(terms) if term & bit) for bit in bits_of(union_of(terms, range(n)))
+    }
+    kept = {1 << i: term for i, term in enumerate(terms)}
+    best = {1 << i: 0.0 for i in range(n)}
+    split: dict[int, int] = {}
+    pair, size = network.pair, network.size
+    for one, two in pairs:
+        if one not in best or two not in best:
+            continue
+        whole = one | two
+        known = best[one] + best[two]
+        if known >= best.get(whole, math.inf):
+            continue
+        if whole not in kept:
+            union[whole] = union[one] | union[two]
+            mask = kept[one] | kept[two]
+            kept[whole] = mask & network.output | sum(
+                bit for bit in bits_of(mask & ~network.output) if holders[bit] & ~whole
+            )
+        if whole != full and size(kept[whole]) > limit:
+            continue
+        known += pair(kept[one], kept[two], kept[whole])
+        if known < best.get(whole, math.inf):
+            best[whole], split[whole] = known, one
+    return _path_of_splits(split, full, n) if full in best else None
+
+
+def _adjacent_pairs(near: Sequence[int], budget: Budget) -> list[tuple[int, int]] | None:
+    n = len(near)
+    pairs: list[tuple[int, int]] = []
+
+    def around(subset: int, known: int) -> int:
+        for bit in bits_of(subset):
+            known |= near[bit.bit_length() - 1]
+        return known
+
+    def grow(subset: int, reach: int, banned: int) -> Iterator[tuple[int, int]]:
+        """Connected sets that contain ``subset`` and nothing banned, with what they touch."""
+        stack = [(subset, reach, banned)]
+        while stack:
+            subset, reach, banned = stack.pop()
+            yield subset, reach
+            fringe = reach & ~banned & ~subset
+            more = fringe
+            while more and budget.left > 0:
+                stack.append((subset | more, around(more, reach), banned | fringe))
+                more = (more - 1) & fringe
+                budget.left -= 1
+
+    for first in range(n):
+        below = (2 << first) - 1
+        for one, reach in grow(1 << first, near[first], below):
+            fringe = reach & ~below & ~one
+            done = below | one
+            for bit in bits_of(fringe):
+                start = bit.bit_length() - 1
+                # Neighbours of ``one`` with a lower number were the start of their own complements.
+                for two, _ in grow(bit, near[start], done | bit):
+                    pairs.append((one, two))
+                    budget.left -= 1
+                    if budget.left < 0:
+                        return None
+                done |= bit
+            if budget.left < 0:
+                return None
+    pairs.sort(key=lambda pair: (pair[0] | pair[1]).bit_count())
+    return pairs
+
+
+def by_components(network: Network, limit: float, budget: Budget) -> Path | None:
+    """``_connected`` for each connected part, then outer products of their results, smallest first."""
+    path: list[tuple[int, ...]] = []
+    n = len(network.terms)
+    roots: list[int] = []
+    for group in _components(network.terms):
+        part = network.with_terms([network.terms[i] for i in group], network.output & union_of(network.terms, group))
+        inner = _connected(part, limit, budget)
+        if inner is None:
+            return None
+        start = n + len(path)
+        path += [tuple(group[i] if i < len(group) else start + i - len(group) for i in step) for step in inner]
+        roots.append(n + len(path) - 1 if inner else group[0])
+    return tuple(_join(network, path, roots))
+
+
+def _components(terms: Sequence[int]) -> list[list[int]]:
+    groups: list[tuple[int, list[int]]] = []
+    for number, term in enumerate(terms):
+        touching = [group for group in groups if group[0] & term]
+        mask, members = term, [number]
+        for other in touching:
+            mask |= other[0]
+            members += other[1]
+            groups.remove(other)
+        groups.append((mask, sorted(members)))
+    return sorted(members for _, members in groups)
+
+
+def union_of(terms: Sequence[int], group: Sequence[int]) -> int:
+    """All labels of the members of a group."""
+    mask = 0
+    for member in group:
+        mask |= terms[member]
+    return mask
+
+
+def _join(network: Network, path: list[tuple[int, ...]], roots: Sequence[int]) -> list[tuple[int, ...]]:
+    """Complete a path whose results ``roots`` share no label: the two smallest first."""
+    values = list(network.terms) + [result for _, _, result in network.results(tuple(path))]
+    heap = [(network.size(values[root]), root) for root in roots]
+    heapq.heapify(heap)
+    path = list(path)
+    while len(heap) > 1:
+        (_, one), (_, two) = heapq.heappop(heap), heapq.heappop(heap)
+        values.append(values[one] | values[two])
+        path.append((one, two))
+        heapq.heappush(heap, (network.size(values[-1]), len(values) - 1))
+    return path
+
+
+def _simplify(network: Network) -> tuple[Network, Path]:
+    """Multiply scalars onto the smallest operand, and merge operands that have the same labels: what is left to order.
+
+    Returns:
+        The smaller network, whose operands are those that the path leaves, in order of their numbers; and the path.
+    """
+    values: dict[int, int] = dict(enumerate(network.terms))
+    path: list[tuple[int, ...]] = []
+    count = LabelCount(network.terms, network.output)
+
+    def merge(one: int, two: int) -> int:
+        result = count.contract(values.pop(one), values.pop(two))
+        path.append((one, two))
+        number = len(network.terms) + len(path) - 1
+        values[number] = result
+        return number
+
+    changed = True
+    while changed and len(values) > 1:
+        changed = False
+        first: dict[int, int] = {}
+        for number, term in list(values.items()):
+            if term in first:
+                merge(first.pop(term), number)
+                changed = True
+            else:
+                first[term] = number
+        scalar = next((number for number, term in values.items() if not term), None)
+        if scalar is not None and len(values) > 1:
+            others = (number for number in values if number != scalar)
+            merge(min(others, key=lambda number: network.size(values[number])), scalar)
+            changed = True
+    order = sorted(values)
+    return network.with_terms([values[number] for number in order], network.output), tuple(path)
+
+
+def _shift(path: Path, prefix: Path, n: int, left: int) -> Path:
+    """Renumber a path of what ``prefix`` leaves of ``n`` operands."""
+    used = {operand for step in prefix for operand in step}
+    names = [number for number in range(n + len(prefix)) if number not in used]
+    return tuple(tuple(names[i] if i < left else n + len(prefix) + i - left for i in step) for step in path)
+
+
+def _candidates(
+    network: Network, seed: int, quick: Callable[[Network], Path], budget: Budget
+) -> list[tuple[str, Path]]:
+    """The best three of many quick searches: the given one; ours, pair by pair with several scores; and ours,
+    label by label with several scores, without noise and with some.
+    """
+    found: dict[Path, str] = {}
+    found[quick(network)] = "greedy (opt_einsum)"
+    for score in _SCORES:
+        found.setdefault(_greedy(network, score, budget), "greedy")
+    for trial in range(_TRIALS):
+        if budget.left <= 0:
+            break
+        # Noise by powers of 2: how much of it helps differs between networks by an order of magnitude.
+        noise = random.Random(seed * 1000 + trial) if trial >= len(_LABEL_SCORES) else None
+        path = _eliminate(network, _LABEL_SCORES[trial % len(_LABEL_SCORES)], noise, 0.1 * 2 ** (trial % 4), budget)
+        found.setdefault(path, "elimination")
+    ranked = sorted(found.items(), key=lambda item: network.seconds(item[0]))
+    return [(name, path) for path, name in ranked[:3]]
+
+
+def _log(size: float) -> float:
+    return math.log(size) if size else 0.0
+
+
+_Score = Callable[[float, float, float], float]
+
+# Score of a pair from the sizes of its result and of its operands; the lowest is contracted first.
+_SCORES: tuple[_Score, ...] = (
+    lambda result, a, b: result - a - b,
+    lambda result, a, b: _log(result) - _log(a + b),
+    lambda result, a, b: _log(result) - 0.5 * _log(a * b),
+)
+
+
+def _greedy(network: Network, score: _Score, budget: Budget) -> Path:
+    """Contract the pair with the lowest score until one tensor is left."""
+    terms = dict(enumerate(network.terms))
+    holders = _holders(terms)
+    count = LabelCount(network.terms, network.output)
+    size = network.size
+    heap: list[tuple[float, int, int]] = []
+
+    def push(one: int, two: int) -> None:
+        a, b = terms[one], terms[two]
+        heapq.heappush(heap, (score(size(count.peek(a, b)), size(a), size(b)), one, two))
+        budget.left -= 1
+
+    for number, term in terms.items():
+        for other in {other: None for bit in bits_of(term) for other in holders[bit] if other > number}:
+            push(number, other)
+    path: list[tuple[int, ...]] = []
+    while heap:
+        _, one, two = heapq.heappop(heap)
+        if one not in terms or two not in terms:
+            continue
+        result = count.contract(terms[one], terms[two])
+        partners = {other: None for bit in bits_of(result) for other in holders[bit] if other not in (one, two)}
+        new = len(network.terms) + len(path)
+        path.append((one, two))
+        _replace(terms, holders, (one, two), new, result)
+        for other in partners:
+            push(other, new)
+    return tuple(_join(network, path, list(terms)))
+
+
+def _holders(terms: dict[int, int]) -> dict[int, dict[int, None]]:
+    """For each label the tensors that have it."""
+    holders: dict[int, dict[int, None]] = {}
+    for number, term in terms.items():
+        for bit in bits_of(term):
+            holders.setdefault(bit, {})[number] = None
+    return holders
+
+
+def _replace(
+    terms: dict[int, int], holders: dict[int, dict[int, None]], pair: tuple[int, int], new: int, result: int
+) -> None:
+    """Put the result of a contraction in place of its operands."""
+    for number in pair:
+        for bit in bits_of(terms.pop(number)):
+            del holders[bit][number]
+    terms[new] = result
+    for bit in bits_of(result):
+        holders[bit][new] = None
+
+
+_LabelScore = Callable[[float, float, float, float, int], float]
+
+# Score of a label from sizes: of the union of the tensors that have it, of that without the label, of all of them
+# together, of the label; and their number. The label with the lowest score is summed first.
+_LABEL_SCORES: tuple[_LabelScore, ...] = (
+    lambda union, result, parts, label, number: _log(result),
+    lambda union, result, parts, label, number: _log(union) - _log(parts),
+    lambda union, result, parts, label, number: _log(result) - 0.5 * number * _log(label),
+    lambda union, result, parts, label, number: _log(union),
+)
+
+
+def _eliminate(network: Network, score: _LabelScore, noise: random.Random | None, scale: float, budget: Budget) -> Path:
+    """Contract all tensors that have the label with the lowest score, the smallest ones first, until every label that
+    is summed has been; then what is left. Much better than pair by pair where labels are in many tensors.
+    """
+    terms = dict(enumerate(network.terms))
+    holders = _holders(terms)
+    count = LabelCount(network.terms, network.output)
+    size = network.size
+    path: list[tuple[int, ...]] = []
+
+    def rate(bit: int) -> float:
+        budget.left -= 1
+        union, parts = 0, 0
+        for number in holders[bit]:
+            union |= terms[number]
+            parts += size(terms[number])
+        value = score(size(union), size(union & ~bit), parts, size(bit), len(holders[bit]))
+        # Gumbel noise: the chance of a label to come first falls exponentially with its score.
+        return value if noise is None else value + scale * math.log(-math.log(noise.random() or 0.5))
+
+    ratings = {bit: rate(bit) for bit in holders if not bit & network.output}
+    while ratings:
+        chosen = min(ratings, key=lambda bit: (ratings[bit], bit))
+        heap = [(size(terms[number]), number) for number in holders[chosen]]
+        heapq.heapify(heap)
+        touched = 0
+        while len(heap) > 1:
+            (_, one), (_, two) = heapq.heappop(heap), heapq.heappop(heap)
+            touched |= terms[one] | terms[two]
+            result = count.contract(terms[one], terms[two])
+            new = len(network.terms) + len(path)
+            path.append((one, two))
+            _replace(terms, holders, (one, two), new, result)
+            heapq.heappush(heap, (size(result), new))
+        del ratings[chosen]
+        for bit in bits_of(touched):
+            if bit in ratings:
+                if holders[bit]:
+                    ratings[bit] = rate(bit)
+                else:
+                    del ratings[bit]
+    rest = network.with_terms(list(terms.values()), network.output)
+    numbers = list(terms)
+    for left, right in _greedy(rest, _SCORES[0], budget):
+        path.append((numbers[left], numbers[right]))
+        numbers.append(len(network.terms) + len(path) - 1)
+    return tuple(path)
+
+
+def _improve(network: Network, path: Path, limit: float, budget: Budget) -> Path:
+    """Solve small subtrees of a contraction tree exactly, again and again, until nothing gets better."""
+    n = len(network.terms)
+    children = {n + number: step for number, step in enumerate(path)}
+    labels = dict(enumerate(network.terms))
+    labels |= {n + number: result for number, (_, _, result) in enumerate(network.results(path))}
+    root, fresh = n + len(path) - 1, n + len(path)
+    better = True
+    while better and budget.left > 0:
+        better = False
+        for top in _postorder(children, root):
+            if budget.left <= 0:
+                break
+            leaves: list[int] = [top]
+            inside: list[int] = []
+            while len(leaves) < _SUBTREE:
+                open_ = [leaf for leaf in leaves if leaf in children]
+                if not open_:
+                    break
+                widest = max(open_, key=lambda leaf: (network.size(labels[leaf]), leaf)) if inside else top
+                inside.append(widest)
+                leaves.remove(widest)
+                leaves += children[widest]
+            if len(leaves) < 3:
+                continue
+            before = 0.0
+            for node in inside:
+                left, right = children[node]
+                before += network.pair(labels[left], labels[right], labels[node])
+            part = network.with_terms([labels[leaf] for leaf in leaves], labels[top])
+            if len(leaves) <= 5:
+                budget.left -= 3 ** len(leaves) // 2
+                inner = exhaustive(part, limit)
+            else:
+                inner = by_components(part, limit, Budget(4_000))
+                budget.left -= 60 * len(leaves)
+            if inner is None or part.seconds(inner) >= before * (1 - 1e-9):
+                continue
+            better = True
+            for node in inside:
+                del children[node]
+            names = list(leaves)
+            for number, (step, (_, _, result)) in enumerate(zip(inner, part.results(inner), strict=True)):
+                last = number == len(inner) - 1
+                node = top if last else fresh
+                fresh += not last
+                children[node] = tuple(names[i] for i in step)
+                labels[node] = result
+                names.append(node)
+    numbers = {i: i for i in range(n)}
+    final: list[tuple[int, ...]] = []
+    for node in _postorder(children, root):
+        final.append(tuple(numbers[child] for child in children[node]))
+        numbers[node] = n + len(final) - 1
+    return tuple(final)
+
+
+def _postorder(children: dict[int, tuple[int, ...]], root: int) -> list[int]:
+    order, stack = [], [root]
+    while stack:
+        node = stack.pop()
+        if node in children:
+            order.append(node)
+            stack += children[node]
+    return order[::-1]
