@@ -394,6 +394,7 @@ def _write(
 def _write_way(writer: _Writer, context: Context, way: Way, x: int, y: int, alpha: complex | None) -> int:
     sizes = writer.sizes
     x = writer.matrix(x, way.first) if way.flips[0] else writer.arrange(x, way.first)
+    x = writer.contiguous(x) if way.copy_first else x
     y = writer.matrix(y, way.second) if way.flips[1] else writer.arrange(y, way.second)
     if way.kind == "product":
         if way.over:

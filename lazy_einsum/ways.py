@@ -26,6 +26,9 @@ from .layout import (
 )
 
 # Products of these are not rounded before the sum by a matrix product, whose accumulator is wider.
+THIN = 16
+"""Matrices of fewer rows are worth a copy that makes their product faster."""
+
 NARROW = frozenset({torch.float16, torch.bfloat16})
 # A matrix product of bool is refused by torch.einsum: no other kernel may make it work.
 _SUMMABLE = frozenset(
@@ -63,6 +66,7 @@ class Way(NamedTuple):
         result: what comes out.
         seconds: modelled time of all of it.
         flips: which operands are copied with the last two groups exchanged, and viewed with them exchanged back.
+        copy_first: the first operand is copied to be contiguous along the summed labels.
     """
 
     kind: str
@@ -73,6 +77,7 @@ class Way(NamedTuple):
     result: Layout
     seconds: float
     flips: tuple[bool, bool] = (False, False)
+    copy_first: bool = False
 
 
 def lone_labels(one: Layout, two: Layout, output: str) -> str:
@@ -144,6 +149,8 @@ def ways(context: Context, a: Layout, b: Layout, output: str, hint: str) -> Iter
                 for row in row_orders:
                     for column in column_orders:
                         yield _product_way(context, swap, x, y, sx, sy, order, row, column, along)
+                        if not order and 1 < product(row, sizes) < THIN and sx[along[-1]] != 1:
+                            yield _product_way(context, swap, x, y, sx, sy, "", row, column, along, copy_first=True)
         if not batch and context.dtype is not torch.bool and not context.grad:
             yield from _loop_ways(context, swap, x, y, sx, sy, m, n, sums)
 
@@ -196,6 +203,7 @@ def _product_way(
     summed: str,
     loop: str = "",
     expand_first: bool = False,
+    copy_first: bool = False,
 ) -> Way:
     sizes = context.sizes
     b, m, n, k = (product(group, sizes) for group in (batch + loop, rows, columns, summed))
@@ -212,6 +220,11 @@ def _product_way(
         first = first if loop and expand_first else (batch + loop, *first)
         second = second if loop and not expand_first else (batch + loop, *second)
     left, right = _matrix(x, first, sx, sizes, naive), _matrix(y, second, sy, sizes, naive)
+    if copy_first:
+        # Few rows are cheap to bring into the order in which their product is fast.
+        launches = cost.CPU.launch * (1 + count_calls(x, first))
+        copied = copy_seconds("".join(first), sx, sizes)
+        left = _Matrix(launches + copied, contiguous_layout(first, sizes).strides, False)
     along = right.strides[len(second) - 2] if len(second) > 1 else 1
     seconds = left.seconds + right.seconds + cost.CPU.launch * bool(loop)
     seconds += cost.product_seconds(b, m, n, k, left.strides[-1] == 1, along == 1)
@@ -219,7 +232,7 @@ def _product_way(
         # Products of integers run in plain loops of any size.
         seconds += b * m * n * k * 0.8e-9
     result = contiguous_layout(dims, sizes)
-    return Way("product", swap, first, second, loop, result, seconds, (left.flip, right.flip))
+    return Way("product", swap, first, second, loop, result, seconds, (left.flip, right.flip), copy_first)
 
 
 class _Matrix(NamedTuple):
