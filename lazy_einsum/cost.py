@@ -23,7 +23,7 @@ class Machine:
         loop_contiguous: the same where the second operand is contiguous in the summed label.
         matrix: seconds per matrix of a batched product that is not small.
         vector: seconds per multiply-add of a batched product of matrices with vectors.
-        thin: seconds per product with few rows whose operands both are contiguous along the summed label.
+        thin: seconds, at most, per product with few rows whose operands both are contiguous along the summed label.
         crossed: seconds per multiply-add of a product with few rows whose operands both lie across.
         pack: seconds per element of an operand that is packed across its memory order.
         cached_rate: bytes per second while all operands fit into ``cache``.
@@ -114,7 +114,7 @@ def product_seconds(
         if first_along and second_along and m < 16:
             # Few rows, both contiguous along k: dot products without packing, at half the rate of a large product
             # (m = 4, n = k = 256: 6.7 us; with the roles of the operands swapped, 15.4).
-            return machine.launch + max(batch * (2 * busy + machine.thin), traffic)
+            return machine.launch + max(batch * (2 * busy + min(machine.thin, work * machine.crossed / 8)), traffic)
         # The operands are packed before they are multiplied, across their memory order where that is not the kernel's.
         if second_along and not first_along and m < 16:
             busy += work * machine.crossed

@@ -126,6 +126,12 @@ def fresh_type(operand: TensorType) -> TensorType:
     )
 
 
+def is_dense(node: fx.Node) -> bool:
+    """Whether an elementwise call on the value of ``node`` gives a result with the same strides."""
+    known = type_of(node)
+    return known is not None and fresh_type(known).stride == known.stride
+
+
 def writes(node: fx.Node) -> tuple[int, ...]:
     """Storages that running ``node`` may write; ``(EVERYTHING,)`` where that is unknown. Empty for a pure operation."""
     known = facts(node)

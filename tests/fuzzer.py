@@ -77,6 +77,34 @@ PURE = replace(
     aliased_inputs=False,
 )
 
+# Writes, views and grad modes among products: what may not be moved past each other.
+EFFECTS = replace(
+    EVERYTHING,
+    name="effects",
+    weights={
+        "einsum": 6,
+        "matmul": 2,
+        "scalar": 7,
+        "binary": 2,
+        "unary": 0.5,
+        "view": 2,
+        "in_place": 4,
+        "indexed_write": 1,
+        "region": 3,
+    },
+    dtypes=(torch.float64,),
+    dtype_weights=(1,),
+    all_forms=False,
+)
+
+# Python that reads what a cache's key must hold.
+KEYS = replace(
+    EVERYTHING,
+    name="keys",
+    weights={"einsum": 4, "matmul": 1, "scalar": 3, "binary": 1, "view": 1, "introspect": 4},
+    statements=(2, 6),
+)
+
 # What opt_einsum_fx says it supports: einsum, multiplication and division, scalars; nothing in place.
 PREDECESSOR = replace(
     PURE,
@@ -88,7 +116,7 @@ PREDECESSOR = replace(
     statements=(3, 8),
 )
 
-PROFILES = {profile.name: profile for profile in (EVERYTHING, PURE, PREDECESSOR)}
+PROFILES = {profile.name: profile for profile in (EVERYTHING, PURE, EFFECTS, KEYS, PREDECESSOR)}
 
 
 @dataclass(frozen=True)
@@ -198,6 +226,7 @@ class Generator:
         self.values: list[Value] = []
         self.counter = 0
         self.used: set[str] = set()
+        self.inverse: dict[str, str] = {}
         self.pinned: set[str] = set()
         self.low_precision = False
         self.constant = profile.regions and self.random.random() < 0.25
@@ -614,6 +643,12 @@ class Generator:
 
     def _scalar(self) -> None:
         rng = self.random
+        if self.inverse and self.profile.regions and rng.random() < 0.25:
+            # The factor of a recent value taken back: what cancels must leave no less than a copy.
+            name, inverse = rng.choice(list(self.inverse.items())[-3:])
+            (a,) = [v for v in self.values if v.name == name]
+            self._keep(inverse, a.dims)
+            return
         a = self._pick(recent=0.6)
         number = self._number(a.dtype)
         integer = not (a.dtype.is_floating_point or a.dtype.is_complex)
@@ -638,7 +673,11 @@ class Generator:
             return
         if "rounding_mode" in code:
             self._far_from_steps(f"{n} / {number}")
-        self._keep(code, a.dims)
+        kept = self._keep(code, a.dims)
+        if code in (f"-{n}", f"torch.neg({n})", f"{n}.neg()"):
+            self.inverse[kept.name] = rng.choice((f"-{kept.name}", f"-1 * {kept.name}", f"{kept.name} / -1"))
+        elif code in (f"{n} * {number}", f"{number} * {n}") and number in ("2", "0.5", "2.0", "0.25", "-2"):
+            self.inverse[kept.name] = rng.choice((f"{kept.name} / {number}", f"{kept.name} * {1 / float(number)}"))
 
     def _inverse_scalar(self, a: Value, number: str) -> None:
         self._away_from_zero(a)
@@ -874,8 +913,8 @@ class Generator:
         rng = self.random
         a = self._pick()
         n = a.name
-        source = rng.choice([v.name for v in self.values])
         inputs = [v.name for v in self.values if v.name.startswith("x")]
+        source = rng.choice(inputs if rng.random() < 0.6 else [v.name for v in self.values])
         conditions = [
             "self.training",
             f"{source}.requires_grad",

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import pytest
-from fuzzer import EVERYTHING, PREDECESSOR, PROFILES, PURE, Profile, check, check_against, generate
+from fuzzer import EFFECTS, EVERYTHING, KEYS, PREDECESSOR, PROFILES, PURE, Profile, check, check_against, generate
 
 from lazy_einsum import OptimizedModule
 
-#: (profile, first seed, number of programs): in chunks, so that the suite spreads over processes.
-QUICK = [(EVERYTHING, start, 50) for start in range(0, 600, 50)] + [(PURE, start, 50) for start in range(0, 400, 50)]
-LONG = [(EVERYTHING, start, 250) for start in range(10_000, 16_000, 250)]
-LONG += [(PURE, start, 250) for start in range(10_000, 14_000, 250)]
+#: (profile, number of programs, first seed, programs in a chunk): chunks spread over processes.
+_QUICK = [(EVERYTHING, 400, 0, 50), (PURE, 300, 0, 50), (EFFECTS, 200, 0, 50), (KEYS, 100, 0, 50)]
+_LONG = [(EVERYTHING, 5000, 10_000, 250), (PURE, 2000, 10_000, 250), (EFFECTS, 2000, 10_000, 250)]
+_LONG += [(KEYS, 1000, 10_000, 250)]
+
+
+def _chunks(table: list[tuple[Profile, int, int, int]]) -> list[tuple[Profile, int, int]]:
+    return [(profile, start, size) for profile, n, first, size in table for start in range(first, first + n, size)]
+
+
+QUICK, LONG = _chunks(_QUICK), _chunks(_LONG)
 
 
 def _label(chunk: tuple[Profile, int, int]) -> str:

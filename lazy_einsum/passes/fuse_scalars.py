@@ -16,6 +16,7 @@ from ..graph import (
     empty_like,
     facts,
     fresh_storage,
+    is_dense,
     is_einsum,
     may_require_grad,
     same_mode,
@@ -185,7 +186,7 @@ class _Gather:
         if scaled is None or plain is None:
             same_layout = target.layout != "needed"
         else:
-            same_layout = target.layout == "any" or scaled.stride == plain.stride
+            same_layout = target.layout == "any" or (scaled.stride == plain.stride and is_dense(user))
         return (
             same_layout
             and same_mode(node, user)

@@ -257,10 +257,6 @@ class _Write(NamedTuple):
         number = None if tree.factor == ONE else tree.factor.number
         is_view = tree.step.spec.is_view_only and number is None
         order = None if free or is_view else _memory_order(known.type)
-        if order is not None and 1 in known.type.shape:
-            # Fake tensors now and then have other strides than real ones where a size is 1: eager's result might be
-            # contiguous after all, so this one is.
-            order = tuple(range(len(order)))
         program = lower_plan(_plan(tree, order), types, contiguous=order is not None, scale=number)
         inside = replace(known, type=None, storage=next(self.storages), writes=())
         with graph.inserting_before(root):
@@ -338,7 +334,7 @@ def _shape(node: fx.Node) -> tuple[int, ...]:
 
 
 def _memory_order(known: TensorType) -> tuple[int, ...]:
-    """The dimensions, outermost in memory first."""
+    """The dimensions, outermost in memory first; of two with one stride, that of size 1 is the inner one."""
     if known.is_contiguous:
         return tuple(range(len(known.shape)))
-    return tuple(sorted(range(len(known.shape)), key=lambda dim: (-known.stride[dim], dim)))
+    return tuple(sorted(range(len(known.shape)), key=lambda dim: (-known.stride[dim], known.shape[dim] == 1, dim)))

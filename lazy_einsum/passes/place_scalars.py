@@ -9,7 +9,19 @@ from typing import NamedTuple
 
 from torch import fx
 
-from ..graph import Facts, Writers, copy_graph, facts, fresh_storage, fresh_type, same_mode, stamp, type_of, uses
+from ..graph import (
+    Facts,
+    Writers,
+    copy_graph,
+    facts,
+    fresh_storage,
+    fresh_type,
+    is_dense,
+    same_mode,
+    stamp,
+    type_of,
+    uses,
+)
 from ..scalars import ONE, Factor, Linear, Tensors, dtype_of, read_linear, tensors
 from ..signature import TensorType
 
@@ -97,6 +109,9 @@ def _places(
             continue
         if not same_mode(call, scaling) or not writers.allow([call], call, scaling) or writers.hold(call):
             continue
+        if len(path) == 1 and found.layout != "any" and result.stride != known.stride:
+            # What scaling gives is dense; the call would give a view with gaps in its place.
+            continue
         for number, (operand, degree) in enumerate(found.operands):
             entering = type_of(operand)
             if (
@@ -105,10 +120,10 @@ def _places(
                 or {d for o, d in found.operands if o is operand} != {degree}
             ):
                 continue
-            if degree == 1:
+            if degree == 1 and (found.layout == "any" or is_dense(operand)):
                 yield _Place(_cost(entering), path, found, number)
                 open_paths.append((*path, operand))
-            elif found.factor != ONE and found.factor.times(own.factor).fits(known.dtype, reassociate):
+            elif degree == -1 and found.factor != ONE and found.factor.times(own.factor).fits(known.dtype, reassociate):
                 yield _Place(0, path, found, None)
 
 
