@@ -20,6 +20,7 @@ from . import ambient as ambient_module
 from .errors import LazyEinsumError, MemoryLimitError, UntraceableError
 from .graph import copy_graph, read_einsum, type_of
 from .passes import PASSES, Options
+from .passes.choose_paths import PLAN
 from .plan import Plan, make_plan
 from .recorder import Trace
 from .signature import Arguments, Signature
@@ -252,7 +253,7 @@ def specialize(
     graph = traced.graph
     for stage in run_passes(traced.graph, options) if not overlapping else (Stage("trace", graph, 0.0),):
         if stage.name == "choose_paths":
-            plans = tuple(find_plans(graph, options))
+            plans = tuple(find_plans(graph, stage.graph))
         graph = stage.graph
         stages.add(stage)
         if on_stage is not None:
@@ -300,12 +301,16 @@ def shares_written(writes: Sequence[bool], *tensors: torch.Tensor) -> bool:
     return not shares_nothing_written(writes, *tensors)
 
 
-def find_plans(graph: fx.Graph, options: Options) -> Iterator[Plan]:
-    """The plans that ``choose_paths`` follows for the einsums of ``graph`` (they come from the planner's cache)."""
-    for node in graph.nodes:
+def find_plans(before: fx.Graph, after: fx.Graph) -> Iterator[Plan]:
+    """The plans of the einsums of ``before``, as ``choose_paths`` left them in ``after``."""
+    planned = {node.name: node.meta.get(PLAN) for node in after.nodes}
+    for node in before.nodes:
         found = read_einsum(node)
-        if found is not None and len(found[1]) > 1:
-            types = [type_of(operand) for operand in found[1]]
-            if all(known is not None for known in types):
-                shapes = [known.shape for known in types if known is not None]
-                yield make_plan(found[0], shapes, options.optimize, options.memory_limit)
+        if found is None or len(found[1]) < 2:
+            continue
+        plan = planned.get(node.name)
+        if plan is not None:
+            yield plan
+        elif len(found[1]) == 2:
+            types = [known for operand in found[1] if (known := type_of(operand)) is not None]
+            yield make_plan(found[0], [known.shape for known in types])

@@ -1014,6 +1014,7 @@ class Call(NamedTuple):
 
 
 FIRST = Call("first")
+INNER_VIEW = "A view was created in no_grad mode"
 SMALLER = {torch.float64: torch.float32, torch.int64: torch.int32, torch.complex128: torch.complex64}
 
 
@@ -1100,6 +1101,9 @@ def check(
     for call in calls_of(program) if calls is None else calls:
         theirs = _call(program, expected_module, expected_module, call)
         ours = _call(program, wrapped, module, call)
+        if theirs.error is not None and INNER_VIEW in str(theirs.error):
+            # Whether a result of torch.einsum is a view inside is no promise of eager's; what follows is no program.
+            return None
         # In the smaller dtypes, sums that cancel lose most of their digits: only gross errors can be told.
         tolerance = 2e-2 if call.other_dtype else program.tolerance
         if type(call.k) is float and "int64" in program.inputs[0].expressions[0]:

@@ -162,8 +162,8 @@ MUTANTS = [
     _one(
         "the factor of a lowered network is applied to every operand of the last step",
         "kernels.py",
-        "value, scale) if operand_number == scaled and scale is not None else value)",
-        "value, scale) if scale is not None else value)",
+        'writer.scaled(value, scale) if place == _Place("value", operand_number) else value',
+        "writer.scaled(value, scale)",
         "pure",
     ),
     _one(

@@ -27,6 +27,10 @@ _DTYPES = frozenset(
 )
 
 
+PLAN = "lazy_einsum_plan"
+"""Under this name the last step of a planned einsum has the whole plan in its ``meta``."""
+
+
 def choose_paths(
     optimize: object = "auto",
     memory_limit: int | None = None,
@@ -86,6 +90,7 @@ def choose_paths(
                 continue
             limit = element_limit if memory_limit is None else memory_limit // types[0].dtype.itemsize
             plan = make_plan(spec, [operand.shape for operand in types], optimize, limit, generic)
+            node.meta[PLAN] = plan
             values = list(operands)
             for step in plan.steps[:-1]:
                 with new.inserting_before(node):

@@ -7,6 +7,7 @@ from checks import check_pass, lines, traced
 from torch import einsum, rand
 
 from lazy_einsum.passes.fuse_scalars import fuse_scalars
+from lazy_einsum.passes.lower import lower
 from lazy_einsum.passes.place_scalars import place_scalars
 
 run = place_scalars()
@@ -114,3 +115,12 @@ def test_views_on_the_way_become_views_of_what_is_scaled():
 
     found = check_pass(run, program, tensor(3), tensor(40))
     assert found[0] == "mul_1 = x0.mul(2.0)"
+
+
+def test_not_where_a_view_with_gaps_would_take_the_place_of_a_dense_result():
+    def program(x, y):
+        return -einsum("i,j->ij", x, y).diagonal(), (x * 3.0).expand(50, 50).mul(0.5)
+
+    check_pass(run, program, tensor(50), tensor(50))
+    check_pass(lambda graph: run(fuse_scalars()(graph)), program, tensor(50), tensor(50))
+    check_pass(lambda graph: lower()(run(fuse_scalars()(graph))), program, tensor(50), tensor(50))
