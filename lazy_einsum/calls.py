@@ -29,6 +29,13 @@ REFUSED = frozenset(
     _make_wrapper_subclass to_sparse manual_seed set_state
     """.split()
 )
+# Elementwise operations that are also called with one tensor and one number.
+WITH_NUMBERS = frozenset(
+    """
+    add sub rsub mul div true_divide subtract multiply divide __add__ __sub__ __mul__ __truediv__ __radd__ __rsub__
+    __rmul__ __rtruediv__ __rdiv__
+    """.split()
+)
 # Operations that write arguments which their schemas do not show as written: positions of the arguments.
 HIDDEN_WRITES = {
     "aten::native_batch_norm": (3, 4),

@@ -29,13 +29,24 @@ def quiet() -> Iterator[None]:
         log.disabled = before
 
 
-def fake_mode() -> Any:
+def fake_mode(allow_non_fake_inputs: bool = False) -> Any:
     """A mode in which tensors have types but no data. (Meta tensors, the public alternative, lose the device; this
     one has lain in torch._subclasses since 1.13.)
     """
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    return FakeTensorMode(allow_non_fake_inputs=False)
+    return FakeTensorMode(allow_non_fake_inputs=allow_non_fake_inputs)
+
+
+def data_dependent_errors() -> tuple[type[Exception], ...]:
+    """What an operation raises on fake tensors where its result depends on data."""
+    from torch._subclasses import fake_tensor
+
+    return (
+        fake_tensor.DataDependentOutputException,
+        fake_tensor.DynamicOutputShapeException,
+        fake_tensor.UnsupportedOperatorException,
+    )
 
 
 def is_fake(value: torch.Tensor) -> bool:
@@ -79,6 +90,8 @@ def with_tensors(args: Any, tensors: dict[int, torch.Tensor]) -> Any:
     """Nested arguments with ``tensors`` (by the id of the fake) in the places of fakes."""
     if isinstance(args, torch.Tensor):
         return tensors[id(args)]
+    if isinstance(args, dict):
+        return {key: with_tensors(item, tensors) for key, item in args.items()}
     return type(args)(with_tensors(item, tensors) for item in args) if isinstance(args, (list, tuple)) else args
 
 

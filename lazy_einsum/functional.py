@@ -11,6 +11,7 @@ import torch
 from torch import fx, nn
 
 from .errors import MemoryLimitError
+from .fakes import data_dependent_errors, fake_mode, is_fake
 from .graph import EVERYTHING, Facts, copy_graph, facts, is_einsum, read_einsum, stamp, tensor_nodes, type_of, writes
 from .passes.canonicalize import canonicalize
 from .passes.choose_paths import choose_paths
@@ -221,12 +222,12 @@ class EfficientShapeProp(fx.Interpreter):
     def __init__(self, module: nn.Module, garbage_collect_values: bool = True, graph: fx.Graph | None = None) -> None:
         super().__init__(module, garbage_collect_values, graph)
         self._storages: dict[int, tuple[int, Any]] = {}
-        self._fake_mode = _fake_mode()
+        self._fake_mode = _mode_of()
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
         """Go through the graph for arguments like ``args``; the result consists of fake tensors."""
         self._storages.clear()
-        self._fake_mode = _fake_mode(args)
+        self._fake_mode = _mode_of(args)
         fakes = torch.utils._pytree.tree_map(self._fake, tuple(args))
         # Without autograd, as example inputs may be leaves, which must not be written in place.
         with self._fake_mode, torch.no_grad():
@@ -245,7 +246,7 @@ class EfficientShapeProp(fx.Interpreter):
         versions = [_version(tensor) for tensor in tensors]
         try:
             result = self._run(n)
-        except _data_dependent():
+        except data_dependent_errors():
             return self._stamp(n, _UNKNOWN, writes(n))
         written = {
             self._storage(tensor)
@@ -289,7 +290,7 @@ class EfficientShapeProp(fx.Interpreter):
         )
 
     def _fake(self, value: Any) -> Any:
-        if isinstance(value, torch.Tensor) and not _is_fake(value):
+        if isinstance(value, torch.Tensor) and not is_fake(value):
             # Detached, as torch looks for the gradient of what it fakes, and warns where there can be none.
             return self._fake_mode.from_tensor(value if value.is_leaf else value.detach(), static_shapes=True)
         return value
@@ -315,31 +316,12 @@ class EfficientShapeProp(fx.Interpreter):
         return result
 
 
-def _fake_mode(args: Any = ()) -> Any:
-    """The fake mode that ``args`` are under, or a new one. The only place that knows how torch makes fake tensors."""
-    from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-
+def _mode_of(args: Any = ()) -> Any:
+    """The fake mode that ``args`` are under, or a new one that takes the module's own tensors too."""
     for value in torch.utils._pytree.tree_leaves(args):
-        if isinstance(value, FakeTensor):
-            return value.fake_mode
-    return FakeTensorMode(allow_non_fake_inputs=True)
-
-
-def _is_fake(value: torch.Tensor) -> bool:
-    from torch._subclasses.fake_tensor import FakeTensor
-
-    return isinstance(value, FakeTensor)
-
-
-def _data_dependent() -> tuple[type[Exception], ...]:
-    """What an operation raises on fake tensors where its result depends on data."""
-    from torch._subclasses import fake_tensor
-
-    return (
-        fake_tensor.DataDependentOutputException,
-        fake_tensor.DynamicOutputShapeException,
-        fake_tensor.UnsupportedOperatorException,
-    )
+        if isinstance(value, torch.Tensor) and is_fake(value):
+            return value.fake_mode  # type: ignore[attr-defined]
+    return fake_mode(allow_non_fake_inputs=True)
 
 
 def _version(tensor: torch.Tensor) -> int:

@@ -19,7 +19,7 @@ from torch import nn
 
 from . import ambient as ambient_module
 from .errors import UntraceableError
-from .fakes import quiet
+from .fakes import data_dependent_errors, quiet
 from .recorder import NeedsConnection, Recorder, Trace
 from .signature import Arguments
 
@@ -102,7 +102,7 @@ def _trace(function: Any, arguments: Arguments, is_leaf: Callable[[nn.Module, st
 
 def _reason(error: Exception) -> str:
     name = type(error).__name__
-    if name in ("DataDependentOutputException", "DynamicOutputShapeException", "GuardOnDataDependentSymNode"):
+    if isinstance(error, data_dependent_errors()):
         return f"forward depends on the values of a tensor ({error})"
     return f"forward raised {name} while it ran on fake tensors: {str(error).splitlines()[0] if str(error) else ''}"
 
