@@ -93,7 +93,7 @@ def lora(x: Tensor, w: Tensor, a: Tensor, b: Tensor) -> Tensor:
 
 
 CASES = [
-    _einsum_case("tutorial zij,zjk,zk->zi (1000)", "zij,zjk,zk->zi", (1000, 8, 4), (1000, 4, 5), (1000, 5)),
+    _einsum_case("tutorial zij,zjk,zk->zi (1000)", "zij,zjk,zk->zi", (1000, 4, 5), (1000, 5, 8), (1000, 8)),
     _einsum_case("e3nn zui,zj,zuv,ijk->zvk", "zui,zj,zuv,ijk->zvk", (64, 32, 3), (64, 3), (64, 32, 32), (3, 3, 5)),
     _einsum_case(
         "MACE wxvik,ekc,bci,be->bcwxv", "wxvik,ekc,bci,be->bcwxv", (9, 9, 9, 9, 10), (5, 10, 32), (20, 32, 9), (20, 5)
