@@ -219,6 +219,19 @@ def writes(self: Any, x: Tensor) -> Tensor:
     return y
 
 
+def writes_what_no_grad_made(self: Any, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        y = einsum("ab,c->abc", x, x[0])
+    y[..., 0] += x
+    return y
+
+
+def views_a_product(self: Any, x: Tensor) -> Tensor:
+    y = einsum("abc->ca", x[:, None, :] * -0.3) / 3
+    einsum("dm,zq->dzqm", y, y)
+    return einsum("ab->ab", y)
+
+
 def differentiates(self: Any, x: Tensor) -> Tensor:
     y = (x * self.w).pow(3).sum()
     (gradient,) = torch.autograd.grad(y, self.w, create_graph=True)
@@ -297,6 +310,8 @@ TRACED: dict[str, Callable[[], nn.Module]] = {
     "grad modes": program(in_two_modes),
     "no_grad decorator": program(torch.no_grad()(lambda self, x: x * 2)),
     "writes": program(writes),
+    "written after no_grad": program(writes_what_no_grad_made),
+    "view of a product": program(views_a_product),
     "autograd.grad inside": program(differentiates, w=lambda: nn.Parameter(torch.ones(4, dtype=torch.float64))),
     "reflected operators": program(
         lambda self, x: 1 / x + (2 - x) + 2**x + x**2 + x ** x.abs() + -x + +x + (True + x) + (3.0 - x) * (2 * x)

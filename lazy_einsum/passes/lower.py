@@ -79,15 +79,19 @@ def lower(reassociate: bool | None = None) -> Callable[[fx.Graph], fx.Graph]:
         trees: list[_Tree] = []
         # From the last node to the first: the outermost einsum of a tree comes before those it takes in.
         for node in reversed(list(new.nodes)):
-            tree = None if node in inner else _Reader(node, among, writers, reassociate).read()
+            if node in inner or _written_under_grad(node, writers):
+                continue
+            tree = _Reader(node, among, writers, reassociate).read()
             if tree is not None:
                 inner.update(tree.nodes)
                 trees.append(tree)
+        # A view hands the strides of its operand on; all else makes memory of its own.
+        blind = {node for tree in trees if not tree.is_view for node in tree.nodes}
         written: dict[fx.Node, fx.Node] = {}
         write = _Write(storages, {} if writers.none else None)
         for tree in reversed(trees):
             leaves = [written.get(leaf, leaf) for leaf in tree.leaves]
-            written[tree.root] = write.tree(tree, leaves, inner.issuperset(tree.root.users))
+            written[tree.root] = write.tree(tree, leaves, blind.issuperset(tree.root.users))
         return new
 
     return run
@@ -122,6 +126,19 @@ class _Tree:
     leaves: tuple[fx.Node, ...]
     step: _Step
     factor: Factor
+
+    @property
+    def is_view(self) -> bool:
+        """Whether the result is a view of its only leaf."""
+        return self.step.spec.is_view_only and self.factor == ONE
+
+
+def _written_under_grad(node: fx.Node, writers: Writers) -> bool:
+    """Whether ``node`` runs without grad mode and its value is written later: autograd refuses such a write to a view,
+    and direct calls may end in one where ``torch.einsum`` does not.
+    """
+    known = facts(node)
+    return known is not None and not known.grad and writers.spoil_any([node], node)
 
 
 class _Reader:
@@ -255,7 +272,7 @@ class _Write(NamedTuple):
         assert known.type is not None
         types = [entering for leaf in leaves if (entering := type_of(leaf))]
         number = None if tree.factor == ONE else tree.factor.number
-        is_view = tree.step.spec.is_view_only and number is None
+        is_view = tree.is_view
         order = None if free or is_view else _memory_order(known.type)
         program = lower_plan(_plan(tree, order), types, contiguous=order is not None, scale=number)
         inside = replace(known, type=None, storage=next(self.storages), writes=())
