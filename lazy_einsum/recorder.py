@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from . import ambient as ambient_module
-from .calls import HIDDEN_WRITES, OPERATORS, QUERIES, REFLECTED, REFUSED, WITH_NUMBERS, call_name
+from .calls import HIDDEN_WRITES, LAID_OUT, OPERATORS, QUERIES, REFLECTED, REFUSED, call_name
 from .errors import UntraceableError
 from .fakes import empty_like, fake_mode, grad_fn_of, is_fake, is_held, make_fake, with_tensors
 from .graph import EVERYTHING, Facts, facts, stamp
@@ -393,7 +393,7 @@ class Recorder(TorchFunctionMode):
         result = self._shortcut(func, args, kwargs)
         if result is None:
             result = func(*args, **kwargs)
-            if name in WITH_NUMBERS and not self._net.written:
+            if name in LAID_OUT and not self._net.written:
                 result = self._with_real_strides(func, args, kwargs, result)
         if self._net.random and not self._random_state.same_torch():
             raise self.fail("torch's random generator is seeded inside of forward")
@@ -433,15 +433,15 @@ class Recorder(TorchFunctionMode):
         return make_fake(known)
 
     def _with_real_strides(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> Any:
-        """``result`` of an operation on one tensor and numbers, with the strides that eager gives to it.
-
-        Where a size is 1, eager keeps the tensor's strides and fakes do not; so there the work is done on real memory.
-        """
+        """``result`` with the strides that eager gives to it: where a size is 1, found by working on real memory."""
         operands = list(_tensors((args, kwargs)))
-        small = isinstance(result, torch.Tensor) and 1 in result.shape and 0 < result.numel() <= MAX_EXACT
-        if len(operands) != 1 or not small or self._connected or not self._movable or not is_fake(operands[0]):
+        small = isinstance(result, torch.Tensor) and 0 < result.numel() <= MAX_EXACT
+        ambiguous = small and any(1 in operand.shape for operand in operands)
+        if not ambiguous or self._connected or not self._movable or not all(map(is_fake, operands)):
             return result
-        empty = {id(operands[0]): empty_like(operands[0], operands[0].device)}
+        if max(operand.numel() for operand in operands) > MAX_EXACT:
+            return result
+        empty = {id(operand): empty_like(operand, operand.device) for operand in operands}
         with ambient_module.no_modes(), torch.no_grad():
             stride = func(*with_tensors(args, empty), **with_tensors(kwargs, empty)).stride()
         return result if stride == result.stride() else make_fake(replace(TensorType.of(result), stride=stride))

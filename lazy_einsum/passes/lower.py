@@ -79,16 +79,14 @@ def lower(reassociate: bool | None = None) -> Callable[[fx.Graph], fx.Graph]:
         trees: list[_Tree] = []
         # From the last node to the first: the outermost einsum of a tree comes before those it takes in.
         for node in reversed(list(new.nodes)):
-            if node in inner or _written_under_grad(node, writers):
-                continue
-            tree = _Reader(node, among, writers, reassociate).read()
+            tree = None if node in inner else _Reader(node, among, writers, reassociate).read()
             if tree is not None:
                 inner.update(tree.nodes)
                 trees.append(tree)
         # A view hands the strides of its operand on; all else makes memory of its own.
         blind = {node for tree in trees if not tree.is_view for node in tree.nodes}
         written: dict[fx.Node, fx.Node] = {}
-        write = _Write(storages, {} if writers.none else None)
+        write = _Write(storages, {} if writers.none else None, writers)
         for tree in reversed(trees):
             leaves = [written.get(leaf, leaf) for leaf in tree.leaves]
             written[tree.root] = write.tree(tree, leaves, blind.issuperset(tree.root.users))
@@ -133,9 +131,9 @@ class _Tree:
         return self.step.spec.is_view_only and self.factor == ONE
 
 
-def _written_under_grad(node: fx.Node, writers: Writers) -> bool:
-    """Whether ``node`` runs without grad mode and its value is written later: autograd refuses such a write to a view,
-    and direct calls may end in one where ``torch.einsum`` does not.
+def _written_without_grad(node: fx.Node, writers: Writers) -> bool:
+    """Whether ``node`` runs without grad mode and its value is written later: in grad mode autograd refuses such a
+    write to a view, and direct calls may end in one where ``torch.einsum`` does not.
     """
     known = facts(node)
     return known is not None and not known.grad and writers.spoil_any([node], node)
@@ -250,10 +248,12 @@ class _Write(NamedTuple):
         storages: numbers for new memory.
         views: views written so far, to be used again; ``None`` where something is written in place, as a view has a
             place in autograd's graph of its own then.
+        writers: what writes in the graph.
     """
 
     storages: Iterator[int]
     views: dict[tuple[object, ...], fx.Node] | None
+    writers: Writers
 
     def tree(self, tree: _Tree, leaves: Sequence[fx.Node], free: bool) -> fx.Node:
         """Replace the tree by its program.
@@ -286,6 +286,8 @@ class _Write(NamedTuple):
                 result = self.permute(graph, result, tuple(order.index(dim) for dim in range(len(order))), inside)
                 stride = contiguous_strides([known.type.shape[dim] for dim in order])
                 stride = tuple(stride[order.index(dim)] for dim in range(len(order)))
+            if not is_view and _written_without_grad(root, self.writers):
+                result = stamp(graph.call_method("clone", (result,)), inside)
         result.meta = dict(root.meta)
         stamp(result, replace(known, type=replace(known.type, stride=stride)))
         root.replace_all_uses_with(result)
