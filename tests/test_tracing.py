@@ -311,6 +311,7 @@ TRACED: dict[str, Callable[[], nn.Module]] = {
     "no_grad decorator": program(torch.no_grad()(lambda self, x: x * 2)),
     "writes": program(writes),
     "written after no_grad": program(writes_what_no_grad_made),
+    "view of a tensor times 1": program(lambda self, x: einsum("ab->ba", x.mul(1))),
     "view of a product": program(views_a_product),
     "autograd.grad inside": program(differentiates, w=lambda: nn.Parameter(torch.ones(4, dtype=torch.float64))),
     "reflected operators": program(

@@ -204,7 +204,9 @@ class _Reader:
     def operand(self, user: fx.Node, operand: fx.Node, term: str, siblings: int) -> int | _Step:
         """The number of a leaf, or the step that gives the operand whose labels are ``term``."""
         scaled = self.scaling(operand) if uses(operand) == 1 and same_mode(operand, self.root) else None
-        if scaled is not None and self.writers.allow([scaled[0]], operand, self.root):
+        # A lone operand times 1 is memory of its own, of which a view is none of the tensor that was scaled.
+        fresh = siblings > 1 or (scaled is not None and scaled[1].value != 1)
+        if scaled is not None and fresh and self.writers.allow([scaled[0]], operand, self.root):
             self.nodes.append(operand)
             operand, self.factor = scaled
         joins = uses(operand) == 1 and siblings == 2 and len(set(term)) == len(term) and self.depth < _DEPTH
