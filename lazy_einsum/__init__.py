@@ -1,5 +1,6 @@
 """Optimized einsums for PyTorch modules: wrap a model in ``OptimizedModule`` and use it as before."""
 
+from .cache import CacheInfo
 from .contract import einsum
 from .errors import (
     CacheThrashWarning,
@@ -12,7 +13,7 @@ from .errors import (
     UntraceableError,
 )
 from .functional import EfficientShapeProp, fuse_einsums, fuse_scalars, jitable, optimize_einsums, optimize_einsums_full
-from .module import CacheInfo, OptimizedModule, disabled
+from .module import OptimizedModule, disabled
 from .report import Report
 from .signature import Signature, TensorType
 from .specialize import Specialization

@@ -19,6 +19,7 @@ import torch
 from torch.utils._device import DeviceContext
 
 from .signature import TensorType
+from .sizes import is_symbolic
 
 # There is no public way to ask how many modes are active (torch.overrides and torch.utils._python_dispatch keep their
 # stacks in C++). These two cost 45 ns each.
@@ -183,7 +184,7 @@ def _bytes(state: torch.Tensor) -> bytes:
 
 def tensor_check(types: Sequence[TensorType]) -> Callable[..., bool]:
     """A function of ``len(types)`` objects that says whether each is a tensor of its type and no two are the same
-    object.
+    object. Symbolic sizes, and strides made of them, pass whatever they are.
 
     It uses torch's own C++ check (the one behind ``torch.compile``), which is private: 0.06 us a tensor, where
     comparing shape, dtype, device, strides and ``requires_grad`` from Python, the public way, takes 0.25 us. The
@@ -193,11 +194,13 @@ def tensor_check(types: Sequence[TensorType]) -> Callable[..., bool]:
     from torch._C._dynamo.guards import TensorGuards
 
     examples = [_example(known) for known in types]
-    strides = [list(known.stride) for known in types]
+    sizes, strides = [], []
+    for known in types:
+        varies = any(map(is_symbolic, known.shape))
+        sizes.append([None if is_symbolic(size) else size for size in known.shape])
+        strides.append([None if varies and is_symbolic(step) else step for step in known.stride])
     make: Any = TensorGuards  # its stub asks for other types than it takes
-    check: Callable[..., bool] = make(
-        *examples, dynamic_dims_sizes=[list(known.shape) for known in types], dynamic_dims_strides=strides
-    ).check
+    check: Callable[..., bool] = make(*examples, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides).check
     return check
 
 

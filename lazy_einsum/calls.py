@@ -19,6 +19,8 @@ QUERIES = frozenset(
     is_tensor dim_order output_nr
     """.split()
 )
+# Of those, the ones whose answer depends on more than shapes and dtypes.
+LAYOUT_QUERIES = frozenset({"is_contiguous", "stride", "dim_order"})
 # These change the autograd state of a tensor, its identity or its storage, in ways that a graph of calls would not
 # repeat for the user.
 REFUSED = frozenset(

@@ -6,7 +6,7 @@ import gc
 import logging
 import types
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -29,13 +29,13 @@ def quiet() -> Iterator[None]:
         log.disabled = before
 
 
-def fake_mode(allow_non_fake_inputs: bool = False) -> Any:
-    """A mode in which tensors have types but no data. (Meta tensors, the public alternative, lose the device; this
-    one has lain in torch._subclasses since 1.13.)
+def fake_mode(allow_non_fake_inputs: bool = False, shape_env: Any = None) -> Any:
+    """A mode in which tensors have types but no data, and symbolic sizes where ``shape_env`` is given. (Meta tensors,
+    the public alternative, lose the device; this one has lain in torch._subclasses since 1.13.)
     """
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    return FakeTensorMode(allow_non_fake_inputs=allow_non_fake_inputs)
+    return FakeTensorMode(allow_non_fake_inputs=allow_non_fake_inputs, shape_env=shape_env)
 
 
 def data_dependent_errors() -> tuple[type[Exception], ...]:
@@ -56,12 +56,15 @@ def is_fake(value: torch.Tensor) -> bool:
     return isinstance(value, FakeTensor)
 
 
-def make_fake(known: TensorType) -> torch.Tensor:
-    """A tensor of type ``known``; called inside of ``fake_mode()``."""
+def make_fake(known: TensorType, number: Callable[[Any], Any] = lambda size: size) -> torch.Tensor:
+    """A tensor of type ``known``; called inside of ``fake_mode()``. ``number`` gives what stands for a symbolic
+    size.
+    """
     if known.is_inference and not torch.is_inference_mode_enabled():
         raise UntraceableError("a tensor made in inference mode is used outside of it")
     with torch.inference_mode(known.is_inference), torch.enable_grad():
-        fake = torch.empty_strided(known.shape, known.stride, dtype=known.dtype, device=known.device)
+        shape, stride = tuple(map(number, known.shape)), tuple(map(number, known.stride))
+        fake = torch.empty_strided(shape, stride, dtype=known.dtype, device=known.device)
         if known.is_conj:
             fake = fake.conj()
         if known.is_neg:
@@ -75,14 +78,19 @@ def make_fake(known: TensorType) -> torch.Tensor:
             return fake
         result = fake.clone()
         if result.stride() != fake.stride():
-            result = result.as_strided(known.shape, known.stride) if known.numel <= result.numel() else result
+            result = result.as_strided(shape, stride) if known.numel <= result.numel() else result
         return result
 
 
-def empty_like(fake: torch.Tensor, device: torch.device | str) -> torch.Tensor:
-    """A tensor of the same shape, strides and dtype. On ``"meta"`` an operation is ten times as fast as on fakes."""
+def empty_like(
+    fake: torch.Tensor, device: torch.device | str, number: Callable[[Any], Any] = lambda size: size
+) -> torch.Tensor:
+    """A tensor of the same shape, strides and dtype. On ``"meta"`` an operation is ten times as fast as on fakes.
+    ``number`` gives what stands for a symbolic size.
+    """
+    shape, stride = tuple(map(number, fake.shape)), tuple(map(number, fake.stride()))
     with ambient_module.no_modes():
-        empty = torch.empty_strided(fake.shape, fake.stride(), dtype=fake.dtype, device=device)
+        empty = torch.empty_strided(shape, stride, dtype=fake.dtype, device=device)
         return empty.conj() if fake.is_conj() else empty
 
 

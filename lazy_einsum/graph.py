@@ -9,8 +9,10 @@ answers from the names of the operations, and assumes that a write reaches every
 
 from __future__ import annotations
 
+import ast
+import math
 import operator
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,6 +22,7 @@ from torch import fx
 from .errors import EquationError
 from .layout import elementwise_strides
 from .signature import TensorType, contiguous_strides
+from .sizes import is_symbolic
 from .spec import EinsumSpec
 
 EINSUM_TARGETS = frozenset({torch.einsum, torch.functional.einsum})
@@ -354,6 +357,99 @@ def write_einsum(
     return stamp(
         node, replace(base, type=result, storage=fresh_storage(graph) if storage is None else storage, writes=())
     )
+
+
+NUMBER = "lazy_einsum_number"
+"""Under this name a node that gives a number made of symbols (sizes that vary) has its expression in its ``meta``."""
+
+_NUMBER_OPERATORS: dict[type[ast.AST], Callable[..., Any]] = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.Div: operator.truediv,
+    ast.FloorDiv: operator.floordiv,
+    ast.Mod: operator.mod,
+    ast.Pow: operator.pow,
+    ast.USub: operator.neg,
+    ast.UAdd: operator.pos,
+}
+_NUMBER_FUNCTIONS: dict[str, Callable[..., Any]] = {
+    "max": max,
+    "min": min,
+    "abs": abs,
+    "float": float,
+    "int": int,
+    "math.sqrt": math.sqrt,
+}
+
+
+class Numbers:
+    """Writes numbers made of symbols into a graph: ordinary arithmetic on ``x.size(0)``, next to the placeholders, each
+    expression once.
+
+    Args:
+        graph: which has a node for each symbol.
+    """
+
+    def __init__(self, graph: fx.Graph) -> None:
+        self._graph = graph
+        self._known: dict[str, fx.Node] = {}
+        self._last: fx.Node | None = None
+        for node in graph.nodes:
+            if NUMBER in node.meta:
+                self._known[node.meta[NUMBER]] = self._last = node
+            elif node.op == "placeholder":
+                self._last = node
+
+    def define(self, name: str, tensor: fx.Node, dim: int) -> None:
+        """Let the symbol ``name`` be the size of a dimension of a placeholder, unless there is a node for it."""
+        if name not in self._known:
+            self._insert(name, tensor.graph.call_method, "size", (tensor, dim))
+
+    def node(self, text: str) -> Any:
+        """The node that gives a Python expression in the symbols; a number where it has none."""
+        return self._write(ast.parse(text, mode="eval").body)
+
+    def argument(self, value: Any) -> Any:
+        """``value`` with nodes in the places of symbolic sizes."""
+        if is_symbolic(value):
+            return self.node(value.text)
+        return tuple(map(self.argument, value)) if isinstance(value, tuple) else value
+
+    def _write(self, tree: ast.expr) -> Any:
+        text = ast.unparse(tree)
+        if text in self._known:
+            return self._known[text]
+        if isinstance(tree, ast.Constant):
+            return tree.value
+        if isinstance(tree, ast.BinOp):
+            function = _NUMBER_OPERATORS[type(tree.op)]
+            args = [self._write(tree.left), self._write(tree.right)]
+        elif isinstance(tree, ast.UnaryOp):
+            function = _NUMBER_OPERATORS[type(tree.op)]
+            args = [self._write(tree.operand)]
+        else:
+            assert isinstance(tree, ast.Call), text
+            function = _NUMBER_FUNCTIONS[ast.unparse(tree.func)]
+            args = [self._write(argument) for argument in tree.args]
+        if not any(isinstance(argument, fx.Node) for argument in args):
+            return function(*args)
+        return self._insert(text, self._graph.call_function, function, tuple(args))
+
+    def _insert(self, text: str, make: Callable[..., fx.Node], target: Any, args: tuple[Any, ...]) -> fx.Node:
+        assert self._last is not None
+        with self._graph.inserting_after(self._last):
+            node = stamp(make(target, args), Facts())
+        node.meta[NUMBER] = text
+        self._known[text] = self._last = node
+        return node
+
+
+def erase_unused_numbers(graph: fx.Graph) -> None:
+    """Erase arithmetic on sizes that nothing uses."""
+    for node in reversed(graph.nodes):
+        if NUMBER in node.meta and node.op != "placeholder" and not node.users:
+            graph.erase_node(node)
 
 
 def given(kwargs: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,7 +1,11 @@
-"""Live calls: submodules that specialized code calls as they are (leaves, modules with hooks, compiled modules)."""
+"""Live calls: submodules that specialized code calls as they are (leaves, modules with hooks, compiled modules); and
+calls of submodules that are specialized where the whole is not.
+"""
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -40,6 +44,50 @@ class LiveCall:
                 "hook may have changed its result)"
             )
         return result
+
+
+class PartCall:
+    """Stands in for the call of a submodule while the whole runs as it is.
+
+    Args:
+        call: what is called, with the submodule, arguments and keyword arguments.
+        module: the submodule.
+    """
+
+    def __init__(self, call: Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], Any], module: nn.Module) -> None:
+        self._call = call
+        self._module = weakref.ref(module)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the submodule."""
+        module = self._module()
+        assert module is not None  # it is being called
+        return self._call(module, args, kwargs)
+
+    def install(self) -> None:
+        """From now on torch calls this in the place of the submodule, hooks and all, as what ``Module.compile`` makes.
+        (Replacing ``forward``, the public way, would show in the submodule, and put hooks around this.)
+        """
+        module = self._module()
+        if module is not None:
+            module.__dict__["_compiled_call_impl"] = self
+
+    def remove(self) -> None:
+        """Undo ``install``."""
+        module = self._module()
+        if module is not None and module._compiled_call_impl is self:
+            del module.__dict__["_compiled_call_impl"]
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Whether the user called ``module.compile()``."""
+    return module._compiled_call_impl is not None and not isinstance(module._compiled_call_impl, PartCall)
+
+
+def plain_call(module: nn.Module) -> Callable[..., Any]:
+    """What calls ``module`` with its hooks, compiled or not."""
+    call: Callable[..., Any] = module._call_impl
+    return call
 
 
 class LiveCallChanged(UntraceableError):

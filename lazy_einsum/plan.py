@@ -275,6 +275,14 @@ def _contraction(
 # --- strategies of others ---------------------------------------------------------------------------------------------
 
 
+def order_seconds(spec: EinsumSpec, shapes: Sequence[tuple[int, ...]], path: Path) -> float:
+    """What the cost model expects of an order (steps as in ``Plan.ssa_path``) for operands of these shapes."""
+    if len(shapes) < 3:
+        return 0.0
+    sizes = spec.sizes(shapes)
+    return Network.of(spec, shapes, sizes, False).seconds(path)
+
+
 def check_optimize(optimize: object) -> None:
     """Raise ``ValueError`` where ``optimize`` is the name of no strategy."""
     if not isinstance(optimize, str) or optimize == "auto":

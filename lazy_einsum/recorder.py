@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import math
 import operator
-import os
-import sys
 import types
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,10 +19,10 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from . import ambient as ambient_module
-from .calls import HIDDEN_WRITES, LAID_OUT, OPERATORS, QUERIES, REFLECTED, REFUSED, call_name
+from .calls import HIDDEN_WRITES, LAID_OUT, LAYOUT_QUERIES, OPERATORS, QUERIES, REFLECTED, REFUSED, call_name
 from .errors import UntraceableError
 from .fakes import empty_like, fake_mode, grad_fn_of, is_fake, is_held, make_fake, with_tensors
-from .graph import EVERYTHING, Facts, facts, stamp
+from .graph import EVERYTHING, NUMBER, Facts, Numbers, erase_unused_numbers, facts, read_einsum, stamp, type_of
 from .live import LiveCall
 from .shadow import Shadows
 from .signature import (
@@ -31,33 +30,24 @@ from .signature import (
     Arguments,
     Constant,
     Structure,
+    Symbol,
     TensorType,
+    contiguous_strides,
     flatten,
     is_constant,
     unflatten,
 )
+from .sizes import is_symbolic
 from .state import Path, Reads, path_name
 from .surroundings import read_by_function
-
-_HERE = os.path.dirname(os.path.abspath(__file__))
-_TORCH = os.path.dirname(os.path.abspath(torch.__file__))
+from .symbols import NotGenericError, Symbols, is_symbol, plain, seen
+from .where import user_line
 
 MAX_EXACT = 100_000
 """Bound on the elements that any step of an einsum may have for its result's strides to be found on real memory."""
 
 MAX_NODES = 50_000
 """A ``forward`` that calls more functions than this is not traced."""
-
-
-def _user_line() -> str:
-    """``file:line`` of the innermost frame outside of torch and of this package."""
-    frame: types.FrameType | None = sys._getframe(1)
-    while frame is not None:
-        name = frame.f_code.co_filename
-        if not name.startswith((_HERE, _TORCH)):
-            return f"{name}:{frame.f_lineno}"
-        frame = frame.f_back
-    return ""
 
 
 @dataclass(frozen=True)
@@ -74,6 +64,7 @@ class Trace:
         writes: whether the graph writes to each of the tensors among the arguments and then of those read of the
             module.
         switches_grad: whether ``forward`` switches the grad mode on the way.
+        conditions: on the symbols among the arguments, as Python expressions, that make the graph right.
     """
 
     graph: fx.Graph
@@ -82,6 +73,7 @@ class Trace:
     result: Callable[[Sequence[Any]], Any] | None
     writes: tuple[bool, ...]
     switches_grad: bool
+    conditions: tuple[str, ...] = ()
 
 
 class NeedsConnection(BaseException):
@@ -154,13 +146,21 @@ class Recorder(TorchFunctionMode):
         is_leaf: which submodules stay live calls.
         random_state: the generators as they were before.
         connected: whether the result of each einsum is connected to its operands in autograd's graph.
+        symbols: those among the arguments, ``None`` where there are none.
     """
 
     def __init__(
-        self, is_leaf: Callable[[nn.Module, str], bool], random_state: ambient_module.RandomState, connected: bool
+        self,
+        is_leaf: Callable[[nn.Module, str], bool],
+        random_state: ambient_module.RandomState,
+        connected: bool,
+        symbols: Symbols | None = None,
     ) -> None:
         super().__init__()
         self.graph = fx.Graph()
+        self._numbers = Numbers(self.graph)
+        self._symbols = symbols
+        self._guessed_layout = False
         self.failure: UntraceableError | None = None
         self.shadows = Shadows(self._fake_state, self._live_call, is_leaf)
         self._net = _Net(self)
@@ -179,7 +179,7 @@ class Recorder(TorchFunctionMode):
         self._movable = not ambient_module.any_autocast()
         self._random_state = random_state
         self._connected = connected
-        self._fake_mode = fake_mode()
+        self._fake_mode = fake_mode(shape_env=symbols.shape_env if symbols else None)
 
     # -- running
 
@@ -192,12 +192,17 @@ class Recorder(TorchFunctionMode):
                     fakes.append(leaf.value)
                 elif isinstance(leaf, Alias):
                     fakes.append(fakes[leaf.leaf])
+                elif isinstance(leaf, Symbol):
+                    assert self._symbols is not None
+                    stamp(self.graph.placeholder(f"x{number}"), Facts()).meta[NUMBER] = leaf.name
+                    fakes.append(seen(self._symbols.number(leaf.name)))
                 else:
-                    fake = make_fake(leaf)
+                    fake = make_fake(leaf, self._symbols.number) if self._symbols else make_fake(leaf)
                     node = self.graph.placeholder(f"x{number}")
                     self._track(fake, node, leaf)
                     self._inputs.append(fake)
                     fakes.append(fake)
+        self._define_sizes()
         args, kwargs = unflatten(arguments.structure, fakes)
         with self._fake_mode:
             # The fakes of parameters are made on the way, below the net.
@@ -211,6 +216,16 @@ class Recorder(TorchFunctionMode):
                 result = callee(*args, **kwargs)
         self._check_containers(arguments.structure, (args, kwargs), fakes, result)
         return result
+
+    def _define_sizes(self) -> None:
+        """A node for each size that varies and is not also an argument of its own."""
+        self._numbers = Numbers(self.graph)
+        for node in [node for node in self.graph.nodes if type_of(node)]:
+            known = type_of(node)
+            assert known is not None
+            for dim, size in enumerate(known.shape):
+                if is_symbolic(size):
+                    self._numbers.define(str(size), node, dim)
 
     def _check_containers(self, structure: Structure, given: Any, fakes: list[Any], result: Any) -> None:
         """The user's own lists and dictionaries must be as they were; ``forward`` ran on copies of them."""
@@ -231,7 +246,25 @@ class Recorder(TorchFunctionMode):
         written = {number for node in self.graph.nodes if (known := facts(node)) for number in known.writes}
         writes = tuple(self._is_written(fake, written) for fake in [*self._inputs, *self._state_fakes()])
         self._erase_unused_reads()
-        return Trace(self.graph, self.shadows.reads, self._state, build, writes, self._switched)
+        erase_unused_numbers(self.graph)
+        conditions = self._resolve_sizes() if self._symbols else ()
+        return Trace(self.graph, self.shadows.reads, self._state, build, writes, self._switched, conditions)
+
+    def _resolve_sizes(self) -> tuple[str, ...]:
+        """Write the sizes in all facts in terms of as few symbols as forward allows; what it needs of the symbols."""
+        assert self._symbols is not None
+        size = self._symbols.size
+        compound: dict[str, None] = {}
+        for node in self.graph.nodes:
+            known = facts(node)
+            if known is None or known.type is None:
+                continue
+            shape = tuple(map(size, known.type.shape))
+            stride = tuple(map(size, known.type.stride))
+            stamp(node, replace(known, type=replace(known.type, shape=shape, stride=stride)))
+            compound.update((f"{length.text} >= 2", None) for length in shape if is_symbolic(length))
+        # Symbols are at least 2 by definition, and so are their products; passes rely on it for sums and quotients too.
+        return (*self._symbols.conditions(), *(text for text in compound if "(" in text))
 
     def _state_fakes(self) -> list[torch.Tensor]:
         """The fakes of what was read of the module (and not by a live call), in the order of reading."""
@@ -263,7 +296,7 @@ class Recorder(TorchFunctionMode):
 
     def fail(self, reason: str) -> UntraceableError:
         """Make (and remember, should user code swallow it) the error for ``reason`` at the user's present line."""
-        line = _user_line()
+        line = user_line()
         error = UntraceableError(f"{reason} at {line}" if line else reason)
         if self.failure is None:
             self.failure = error
@@ -280,7 +313,7 @@ class Recorder(TorchFunctionMode):
             written,
             torch.is_grad_enabled(),
             self._movable,
-            _user_line(),
+            user_line(),
         )
 
     def _track(
@@ -324,19 +357,22 @@ class Recorder(TorchFunctionMode):
     def _read_node(self, target: str, path: Path) -> fx.Node:
         """A ``get_attr`` node, among the first of the graph: state is read when the specialized code is called."""
         self._state[target] = path
-        first = next((node for node in self.graph.nodes if node.op not in ("placeholder", "get_attr")), None)
-        with self.graph.inserting_before(first):
+        leading = itertools.takewhile(lambda node: node.op in ("placeholder", "get_attr"), self.graph.nodes)
+        last = next(reversed(list(leading)), None)
+        with self.graph.inserting_after(last) if last is not None else nullcontext():
             return self.graph.create_node("get_attr", target, (), {}, name=_identifier(target))
 
     def _argument(self, value: Any) -> Any:
-        """``value`` with nodes in the places of tensors, as ``fx`` takes it."""
+        """``value`` with nodes in the places of tensors and symbolic numbers, as ``fx`` takes it."""
         if isinstance(value, torch.Tensor):
             return self._node(value)
+        if self._symbols is not None and is_symbol(value):
+            return self._numbers.node(self._symbols.text(value))
         kind = type(value)
         if kind in (list, tuple):
             return kind(self._argument(item) for item in value)
         if kind is torch.Size:
-            return tuple(value)
+            return tuple(self._argument(item) for item in value)
         if kind is dict:
             return {key: self._argument(item) for key, item in value.items()}
         if kind is slice:
@@ -365,6 +401,8 @@ class Recorder(TorchFunctionMode):
         kwargs = kwargs or {}
         self._net.open += 1
         try:
+            if self._symbols is not None:
+                args, kwargs = plain(args), plain(kwargs)
             if self._suspended:
                 return func(*args, **kwargs)
             return self._record(func, args, kwargs)
@@ -375,7 +413,7 @@ class Recorder(TorchFunctionMode):
         name = call_name(func)
         sets = getattr(func, "__name__", "") in ("__set__", "__delete__")
         if name in QUERIES and not sets:
-            return func(*args, **kwargs)
+            return func(*args, **kwargs) if self._symbols is None else self._query(func, name, args, kwargs)
         if self.failure is not None:
             raise self.failure
         if name == "_set_grad_enabled":
@@ -393,7 +431,7 @@ class Recorder(TorchFunctionMode):
         result = self._shortcut(func, args, kwargs)
         if result is None:
             result = func(*args, **kwargs)
-            if name in LAID_OUT and not self._net.written:
+            if name in LAID_OUT and not self._net.written and self._symbols is None:
                 result = self._with_real_strides(func, args, kwargs, result)
         if self._net.random and not self._random_state.same_torch():
             raise self.fail("torch's random generator is seeded inside of forward")
@@ -409,6 +447,13 @@ class Recorder(TorchFunctionMode):
         self._register(result, self._write_call(func, name, *taken), written)
         return result
 
+    def _query(self, func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The answer to a question about a tensor with symbolic sizes."""
+        of_input = any(argument is tensor for argument in args for tensor in self._inputs)
+        if self._guessed_layout and name in LAYOUT_QUERIES and not of_input:
+            raise NotGenericError(f"forward asks for {name} behind an einsum whose layout depends on sizes")
+        return seen(func(*args, **kwargs))
+
     def _shortcut(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor | None:
         """The fake result of an einsum of several operands, without running its dozens of steps on fakes (8 ms for
         three operands; so 0.6).
@@ -418,6 +463,8 @@ class Recorder(TorchFunctionMode):
         operands = list(_tensors(args))
         if len(operands) < 2 or not all(is_fake(operand) for operand in operands):
             return None
+        if self._symbols is not None:
+            return self._generic_einsum(args, operands)
         # On meta tensors dimensions of size 1 now and then get other strides than on real ones (6 of 20,000 random
         # einsums with such); where the work is small it is done on real memory, whose content does not matter.
         exact = any(1 in operand.shape for operand in operands)
@@ -431,6 +478,51 @@ class Recorder(TorchFunctionMode):
         # Not connected to its operands in autograd's graph, which only differentiation inside of forward could tell;
         # that asks for a trace with connections.
         return make_fake(known)
+
+    def _generic_einsum(self, args: tuple[Any, ...], operands: list[torch.Tensor]) -> torch.Tensor | None:
+        """The fake result of an einsum of symbolic sizes. (torch's own evaluation would compare sizes to plan, and that
+        makes constants of all of them.)
+        """
+        assert self._symbols is not None
+        found = read_einsum(self.graph.call_function(torch.einsum, tuple(self._argument(list(args)))))
+        self.graph.erase_node(next(iter(reversed(self.graph.nodes))))
+        if found is None:
+            return None
+        spec, _ = found
+        sizes: dict[str, Any] = {}
+        for term, operand in zip(spec.inputs, operands, strict=True):
+            for label, size in zip(term, operand.shape, strict=True):
+                known = sizes.setdefault(label, size)
+                if type(known) is int and known == 1:
+                    sizes[label] = size
+                elif not (type(size) is int and size == 1) and size != known:  # which becomes a condition
+                    return None  # torch raises its own error
+        examples = [empty_like(operand, "meta", self._symbols.example) for operand in operands]
+        with ambient_module.no_modes(), torch.no_grad():
+            example = torch.einsum(str(spec.canonical()), *examples)
+        shape = [sizes[label] for label in spec.output]
+        known_type = TensorType.of(example)
+        if len(operands) > 2:
+            # The order of contraction that torch would take depends on sizes, and so does the layout of its result.
+            # Contiguous is never worse.
+            self._guessed_layout = True
+            order = list(range(len(shape)))
+        else:
+            order = sorted(
+                range(len(shape)), key=lambda dim: (-known_type.stride[dim], known_type.shape[dim] == 1, dim)
+            )
+        dense = contiguous_strides([shape[dim] for dim in order])
+        stride = tuple(dense[order.index(dim)] for dim in range(len(shape)))
+        requires_grad = self._grad and any(operand.requires_grad for operand in operands)
+        known_type = replace(
+            known_type,
+            shape=tuple(shape),
+            stride=stride,
+            device=operands[0].device,
+            requires_grad=requires_grad,
+            is_leaf=not requires_grad,
+        )
+        return make_fake(known_type)
 
     def _with_real_strides(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> Any:
         """``result`` with the strides that eager gives to it: where a size is 1, found by working on real memory."""
@@ -486,7 +578,7 @@ class Recorder(TorchFunctionMode):
                 stamp(node, self._facts(result, written=written))
             self._refresh(written)
             return
-        stamp(node, Facts(None, None, written, torch.is_grad_enabled(), self._movable, _user_line()))
+        stamp(node, Facts(None, None, written, torch.is_grad_enabled(), self._movable, user_line()))
         self._refresh(written)
         self._register_items(result, node)
 
@@ -524,7 +616,7 @@ class Recorder(TorchFunctionMode):
             self._switched = True
             node = self.graph.call_function(torch.set_grad_enabled, (enabled,))
             # As if it wrote everything: nothing moves past it but what asks for the mode itself.
-            stamp(node, Facts(None, None, (), enabled, False, _user_line()))
+            stamp(node, Facts(None, None, (), enabled, False, user_line()))
         return result
 
     # -- live calls
@@ -581,9 +673,9 @@ class Recorder(TorchFunctionMode):
         if self._returns_own_container(result):
             raise UntraceableError("forward returns a list or dictionary that belongs to the module")
         restore: Callable[[Sequence[Any]], Any] | None = None
-        if not all(isinstance(leaf, torch.Tensor) or is_constant(leaf) for leaf in leaves):
+        if not all(isinstance(leaf, torch.Tensor) or is_constant(leaf) or is_symbol(leaf) for leaf in leaves):
             structure, leaves, restore = _registered(result)
-        nodes = [self._node(leaf) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
+        nodes = [self._argument(leaf) if isinstance(leaf, torch.Tensor) or is_symbol(leaf) else leaf for leaf in leaves]
         simple = all(isinstance(node, fx.Node) or type(node) in (int, bool, str, type(None)) for node in nodes)
         if restore is None and simple and _only_basic(structure):
             output = self.graph.output(unflatten(structure, nodes))
@@ -640,7 +732,7 @@ def _registered(result: Any) -> tuple[int, list[Any], Callable[[Sequence[Any]], 
 
     leaves, spec = _pytree.tree_flatten(result)
     for leaf in leaves:
-        if not isinstance(leaf, torch.Tensor) and not is_constant(leaf):
+        if not (isinstance(leaf, torch.Tensor) or is_constant(leaf) or is_symbol(leaf)):
             kind = type(leaf)
             raise UntraceableError(
                 f"forward returns a {kind.__module__}.{kind.__qualname__}, a class that torch.utils._pytree does not "

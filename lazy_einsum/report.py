@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .module import CacheInfo
+    from .cache import CacheInfo
     from .specialize import Specialization
 
 

@@ -24,6 +24,7 @@ import torch
 from torch import nn
 
 from .errors import UntraceableError
+from .live import is_compiled
 from .signature import Constant, TensorType, is_constant, is_namedtuple
 from .state import Absent, Container, Found, ModuleClass, Names, NoHooks, Path, Reference, SameAs, path_name
 from .surroundings import Cell, GlobalName, Outer, Steps, read_by_class, read_by_function
@@ -145,7 +146,7 @@ class Shadows:
             return "it is a leaf module"
         if any(live.__dict__.get(key) for key in _HOOKS):
             return "it has hooks"
-        if live._compiled_call_impl is not None or isinstance(live, _compiled_class()):
+        if is_compiled(live) or isinstance(live, _compiled_class()):
             return "it is compiled"
         return None
 

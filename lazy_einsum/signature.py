@@ -10,12 +10,13 @@ import enum
 import math
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeGuard
 
 import torch
 
 from .errors import UntraceableError
+from .sizes import is_symbolic
 
 _DTYPE_NAMES = {
     torch.float64: "f64",
@@ -285,16 +286,35 @@ class Alias:
         return f"same as #{self.leaf}"
 
 
+@dataclass(frozen=True, slots=True)
+class Symbol:
+    """A Python number among the arguments that the code takes as it comes.
+
+    Attributes:
+        name: of the symbol that stands for it.
+        example: its value in the call that the code was made for.
+    """
+
+    name: str
+    example: int | float
+
+    def __str__(self) -> str:
+        return f"{type(self.example).__name__} {self.name}"
+
+
 class ForeignTraceError(UntraceableError):
     """An argument stands for a tensor in somebody else's trace (an ``fx.Proxy``)."""
 
 
-Leaf = TensorType | Constant | Alias
+Leaf = TensorType | Constant | Alias | Symbol
 
 
 @dataclass(frozen=True, slots=True)
 class Arguments:
-    """The arguments of a call: structure of ``(args, kwargs)`` and the type, constant or alias at every leaf."""
+    """The arguments of a call: structure of ``(args, kwargs)`` and the type, constant or alias at every leaf.
+
+    Sizes that vary between calls are ``SymbolicSize`` in the types, numbers that do are ``Symbol``.
+    """
 
     structure: Structure
     leaves: tuple[Leaf, ...]
@@ -335,6 +355,28 @@ class Arguments:
                 )
         return cls(structure, tuple(leaves)), values
 
+    @property
+    def symbols(self) -> dict[str, int | float]:
+        """The example of each symbol, in order of appearance."""
+        found: dict[str, int | float] = {}
+        for leaf in self.leaves:
+            if isinstance(leaf, Symbol):
+                found[leaf.name] = leaf.example
+            elif isinstance(leaf, TensorType):
+                found.update((str(size), int(size)) for size in leaf.shape if is_symbolic(size))
+        return found
+
+    def exact(self) -> Arguments:
+        """The arguments of the call that the symbols' examples are of."""
+        leaves: list[Leaf] = []
+        for leaf in self.leaves:
+            if isinstance(leaf, Symbol):
+                leaf = Constant(leaf.example)
+            elif isinstance(leaf, TensorType):
+                leaf = replace(leaf, shape=tuple(map(int, leaf.shape)), stride=tuple(map(int, leaf.stride)))
+            leaves.append(leaf)
+        return Arguments(self.structure, tuple(leaves))
+
     def __str__(self) -> str:
         args, kwargs = self.structure.children
         assert isinstance(args, Structure) and isinstance(kwargs, Structure) and kwargs.keys is not None
@@ -373,16 +415,21 @@ class Signature:
         ambient: grad mode, autocast, default dtype and so on, by name.
         state: what the trace read of the child, by path, in the order of reading: types of parameters, values of
             attributes.
+        module: name of the submodule that is called; empty for the child itself.
+        conditions: on sizes and numbers that vary, as Python expressions in their symbols.
     """
 
     arguments: Arguments
     ambient: tuple[tuple[str, Any], ...]
     state: tuple[tuple[str, Any], ...] = ()
+    module: str = ""
+    conditions: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        text = str(self.arguments)
         notes = [f"{name}={value}" for name, value in self.ambient if value not in (None, False, ())]
-        return f"{text} {' '.join(notes)}".rstrip()
+        if self.conditions:
+            notes.append(f"where {' and '.join(self.conditions)}")
+        return f"{self.module}{self.arguments} {' '.join(notes)}".rstrip()
 
     def difference(self, other: Signature) -> str:
         """In words, the first part in which ``other`` (an entry of the cache) differs from this signature; empty

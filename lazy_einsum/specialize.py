@@ -17,13 +17,16 @@ from cachetools import LRUCache
 from torch import fx, nn
 
 from . import ambient as ambient_module
+from .counter import Counter
 from .errors import LazyEinsumError, MemoryLimitError, UntraceableError
-from .graph import copy_graph, read_einsum, type_of
+from .graph import copy_graph, is_einsum, read_einsum, type_of
 from .passes import PASSES, Options
 from .passes.choose_paths import PLAN
-from .plan import Plan, make_plan
+from .plan import Plan, make_plan, order_seconds
 from .recorder import Trace
 from .signature import Arguments, Signature
+from .sizes import is_symbolic
+from .spec import EinsumSpec
 from .state import Guard, Path, compile_guard, describe_reads
 from .tracing import trace
 
@@ -96,8 +99,12 @@ class Specialization:
         signature: the key: all that the code depends on.
         stages: name of pass -> code after it, in order.
         plans: the contraction plans, one for each einsum that was planned, in the order of the code.
-        hits: calls served so far, the first one not counted.
         build_seconds: how long it took to make, in seconds.
+        is_generic: whether it serves calls of other sizes, or with other numbers, than the one it was made for.
+        exceptions: values of its symbols that it leaves to others.
+        guard: ``(module, args, kwargs) -> values``, or ``None`` for a call that it can't serve.
+        run: what is called with these values.
+        used: when it was used last, in calls of its cache.
     """
 
     __slots__ = (
@@ -105,9 +112,12 @@ class Specialization:
         "_graph",
         "_module",
         "_state",
+        "add_hit",
         "build_seconds",
+        "counter",
+        "exceptions",
         "guard",
-        "hits",
+        "is_generic",
         "plans",
         "run",
         "signature",
@@ -126,12 +136,16 @@ class Specialization:
         state: Mapping[str, Path],
         module: Any,
         build_seconds: float,
+        exceptions: set[Any],
     ) -> None:
         self.signature = signature
         self.stages = stages
         self.plans = plans
-        self.hits = 0
+        self.counter = Counter()
+        self.add_hit = self.counter.add
         self.build_seconds = build_seconds
+        self.is_generic = bool(signature.arguments.symbols)
+        self.exceptions = exceptions
         self.guard = guard
         self.run = run
         self.used = 0
@@ -139,6 +153,11 @@ class Specialization:
         self._state = state
         # Weakly: a specialization must not keep the child's tensors alive.
         self._module = weakref.ref(module) if isinstance(module, nn.Module) else lambda: module
+
+    @property
+    def hits(self) -> int:
+        """Calls served so far, the first one not counted."""
+        return self.counter.value
 
     @property
     def code(self) -> str:
@@ -228,31 +247,35 @@ def specialize(
     is_leaf: Callable[[nn.Module, str], bool] = lambda module, name: False,
     on_stage: Callable[[Stage, Trace], None] | None = None,
     overlapping: bool = False,
+    name: str = "",
 ) -> Specialization:
     """Make the specialization of ``module`` for the given arguments, in the present ambient state.
 
     Args:
         module: the child, or any callable.
-        arguments: types and constants of the call.
+        arguments: types and constants of the call; symbols among them make code that is generic in these.
         options: how to plan.
         is_leaf: see ``trace``.
         on_stage: called with each stage while it is at hand (``verify`` runs them).
         overlapping: whether this is for calls in which inputs share memory that the module writes to. A trace takes
             all inputs for separate; what it recorded is right for these too, what passes make of it may not be, so
             none is run.
+        name: of the submodule that ``module`` is; empty for the child itself.
 
     Raises:
         MemoryLimitError: no contraction order stays below the limit.
         UntraceableError: the call can't be represented.
+        NotGenericError: it can, but not for all values of the symbols among the arguments.
     """
     start = time.perf_counter()
     ambient = ambient_module.ambient()
     traced = trace(module, arguments, is_leaf)
     stages = Stages()
     plans: tuple[Plan, ...] = ()
-    graph = traced.graph
+    graph = fused = traced.graph
     for stage in run_passes(traced.graph, options) if not overlapping else (Stage("trace", graph, 0.0),):
         if stage.name == "choose_paths":
+            fused = graph
             plans = tuple(find_plans(graph, stage.graph))
         graph = stage.graph
         stages.add(stage)
@@ -266,9 +289,12 @@ def specialize(
     if any(traced.writes):
         overlap = partial(shares_written if overlapping else shares_nothing_written, traced.writes)
         reads = (*reads, ("written memory", "shared by inputs" if overlapping else "of its own for each input"))
-    guard = compile_guard(arguments, ambient, traced.reads, list(state.values()), overlap)
-    signature = Signature(arguments, ambient, reads)
-    return Specialization(signature, graph, stages, plans, guard, run, state, module, time.perf_counter() - start)
+    conditions = (*traced.conditions, *plan_conditions(arguments, fused, options))
+    exceptions: set[Any] = set()
+    guard = compile_guard(arguments, ambient, traced.reads, list(state.values()), overlap, conditions, exceptions)
+    signature = Signature(arguments, ambient, reads, name, conditions)
+    seconds = time.perf_counter() - start
+    return Specialization(signature, graph, stages, plans, guard, run, state, module, seconds, exceptions)
 
 
 def finish(function: Callable[..., Any], traced: Trace, grad: bool) -> Callable[..., Any]:
@@ -299,6 +325,43 @@ def shares_nothing_written(writes: Sequence[bool], *tensors: torch.Tensor) -> bo
 def shares_written(writes: Sequence[bool], *tensors: torch.Tensor) -> bool:
     """The contrary of ``shares_nothing_written``."""
     return not shares_nothing_written(writes, *tensors)
+
+
+def plan_conditions(arguments: Arguments, graph: fx.Graph, options: Options) -> Iterator[str]:
+    """Where the contraction orders chosen for the symbols' examples are good ones, as conditions on each symbol."""
+    networks = []
+    for node in graph.nodes:
+        found = read_einsum(node) if is_einsum(node) else None
+        types = [known for operand in found[1] if (known := type_of(operand))] if found is not None else []
+        if found is not None and len(found[1]) > 2 and len(types) == len(found[1]):
+            networks.append((found[0], [known.shape for known in types]))
+    examples = arguments.symbols
+    for name, example in examples.items():
+        if type(example) is not int or not networks:
+            continue
+        for factor, relation in ((4, "<"), (0.25, ">")):
+            size = example
+            for _ in range(5):
+                size = int(size * factor)
+                scope = {**examples, name: size}
+                if size < 2:
+                    break
+                if not all(_is_good(spec, shapes, scope, options) for spec, shapes in networks):
+                    yield f"{name} {relation} {size}"
+                    break
+
+
+def _is_good(
+    spec: EinsumSpec, shapes: Sequence[tuple[int, ...]], scope: Mapping[str, int | float], options: Options
+) -> bool:
+    """Whether the order chosen for ``shapes`` is not much worse than the best one at other values of the symbols."""
+    there = [tuple(eval(size.text, dict(scope)) if is_symbolic(size) else size for size in shape) for shape in shapes]
+    return order_seconds(spec, there, make_plan(spec, shapes, options.optimize).ssa_path) <= (
+        _GOOD * order_seconds(spec, there, make_plan(spec, there, options.optimize).ssa_path)
+    )
+
+
+_GOOD = 1.2
 
 
 def find_plans(before: fx.Graph, after: fx.Graph) -> Iterator[Plan]:

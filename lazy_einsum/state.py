@@ -8,9 +8,10 @@ nothing that was not read is checked.
 
 from __future__ import annotations
 
+import itertools
 import math
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import FunctionType
 from typing import Any, Literal
@@ -18,7 +19,8 @@ from typing import Any, Literal
 import torch
 
 from . import ambient as ambient_module
-from .signature import Alias, Arguments, Constant, Structure, TensorType
+from .signature import Alias, Arguments, Constant, Structure, Symbol, TensorType
+from .sizes import is_symbolic
 from .surroundings import Cell, GlobalName
 
 How = Literal["module", "parameter", "buffer", "attribute", "item", "call", "outer"]
@@ -194,8 +196,10 @@ class _Writer:
             self.require(f"{self.name(Constant)}({variable}) == {self.name(constant)}")
 
 
-def _write_arguments(writer: _Writer, arguments: Arguments) -> list[str]:
-    """Conditions on the structure and constants; the variables of the tensors, in the order of the leaves."""
+def _write_arguments(writer: _Writer, arguments: Arguments) -> dict[int, str]:
+    """Conditions on the structure and constants; the variables of the tensors and of the numbers that are taken as they
+    come, in the order of the leaves.
+    """
     tensors: dict[int, str] = {}
     args, kwargs = arguments.structure.children
     assert isinstance(args, Structure) and isinstance(kwargs, Structure) and kwargs.keys is not None
@@ -207,6 +211,9 @@ def _write_arguments(writer: _Writer, arguments: Arguments) -> list[str]:
                 writer.constant(variable, leaf)
             elif isinstance(leaf, Alias):
                 writer.require(f"{variable} is {tensors[leaf.leaf]}")
+            elif isinstance(leaf, Symbol):
+                writer.require(f"type({variable}) is {type(leaf.example).__name__}")
+                tensors[child] = variable
             else:
                 tensors[child] = variable
             return
@@ -237,7 +244,51 @@ def _write_arguments(writer: _Writer, arguments: Arguments) -> list[str]:
         for number, item in enumerate(kwargs.children):
             visit(item, writer.local(("kwargs", number), f"kwargs[{writer.name(kwargs.keys[number])}]"))
         writer.require(f"tuple(kwargs) == {writer.name(kwargs.keys)}" if len(kwargs.keys) > 1 else "True")
-    return [tensors[number] for number in sorted(tensors)]
+    return dict(sorted(tensors.items()))
+
+
+def _write_symbols(
+    writer: _Writer, arguments: Arguments, variables: Mapping[int, str], conditions: Sequence[str]
+) -> None:
+    """Conditions on the sizes and numbers that vary: equal where they were, and what the trace asked for."""
+    known: set[str] = set()
+    checks: list[str] = []
+    for number, leaf in enumerate(arguments.leaves):
+        if isinstance(leaf, Symbol):
+            if leaf.name in known:
+                checks.append(f"{variables[number]} == {leaf.name}")
+            else:
+                known.add(leaf.name)
+                writer.lines.append(f"{leaf.name} = {variables[number]}")
+        elif isinstance(leaf, TensorType):
+            for dim, size in enumerate(leaf.shape):
+                if not is_symbolic(size):
+                    continue
+                if str(size) in known:
+                    checks.append(f"{variables[number]}.shape[{dim}] == {size}")
+                else:
+                    known.add(str(size))
+                    writer.lines.append(f"{size} = {variables[number]}.shape[{dim}]")
+    for number, leaf in enumerate(arguments.leaves):
+        if isinstance(leaf, TensorType):
+            checks += _stride_checks(variables[number], leaf)
+    least = [f"{name} >= 2" for name, example in arguments.symbols.items() if type(example) is int]
+    writer.values["math"] = math
+    writer.require(" and ".join([*least, *checks, *conditions]))
+
+
+def _stride_checks(variable: str, known: TensorType) -> Iterator[str]:
+    """Conditions on the strides that are made of sizes; and their order, where it depends on those."""
+    if not any(map(is_symbolic, known.shape)):
+        return
+    if known.is_contiguous:
+        if any(map(is_symbolic, known.stride)):
+            yield f"{variable}.is_contiguous()"
+        return
+    yield from (f"{variable}.stride({dim}) == {step}" for dim, step in enumerate(known.stride) if is_symbolic(step))
+    for one, two in itertools.combinations(known.stride, 2):
+        if is_symbolic(one) != is_symbolic(two) and min(int(one), int(two)) > 1:
+            yield f"{one} < {two}" if one < two else f"{one} >= {two}"
 
 
 def _object(writer: _Writer, path: Path) -> str:
@@ -307,6 +358,8 @@ def compile_guard(
     reads: Reads,
     wanted: Sequence[Path],
     overlap: Callable[..., bool] | None = None,
+    conditions: Sequence[str] = (),
+    exceptions: set[Any] | None = None,
 ) -> Guard:
     """A function ``(module, args, kwargs)`` that gives what the specialized code takes, or ``None`` where anything that
     was read has changed.
@@ -319,6 +372,8 @@ def compile_guard(
         reads: what the trace read of the module.
         wanted: paths of the state that the code takes, after the tensors among the arguments.
         overlap: where given, called with all tensors (arguments, then state); the guard fails where it returns false.
+        conditions: on the symbols among the arguments, as Python expressions.
+        exceptions: values of the symbols (a tuple, where there are several) for which the guard fails; it may change.
     """
     writer = _Writer()
     modes = dict(ambient)
@@ -330,8 +385,9 @@ def compile_guard(
     if ((), "") in reads:
         attributes = _dict(writer, ())
         writer.require("hooked or not (" + " or ".join(f"{attributes}[{hooks!r}]" for hooks in _HOOKS) + ")")
-    inputs = _write_arguments(writer, arguments)
+    variables = _write_arguments(writer, arguments)
     types = [leaf for leaf in arguments.leaves if isinstance(leaf, TensorType)]
+    inputs = [variables[number] for number, leaf in enumerate(arguments.leaves) if isinstance(leaf, TensorType)]
     if types:
         writer.require(f"{writer.name(ambient_module.tensor_check(types))}({', '.join(inputs)})")
         writer.require(f"{writer.name(torch.get_default_dtype)}() is {writer.name(torch.get_default_dtype())}")
@@ -340,6 +396,10 @@ def compile_guard(
             f"{writer.name(ambient_module.bypass)}() is None and {writer.name(ambient_module.ambient)}() == "
             f"{writer.name(ambient)}"
         )
+    if arguments.symbols:
+        names = ", ".join(arguments.symbols)
+        but = f"({names}) not in {writer.name(exceptions)}" if exceptions is not None else "True"
+        _write_symbols(writer, arguments, variables, [*conditions, but])
     for variable, known in zip(inputs, types, strict=True):
         if known.requires_grad:
             writer.require(f"{variable}.is_leaf is {known.is_leaf}")
@@ -351,7 +411,7 @@ def compile_guard(
         writer.require(f"{writer.name(ambient_module.tensor_check(state_types))}({', '.join(tensors.values())})")
     if overlap is not None:
         writer.require(f"{writer.name(overlap)}({', '.join([*inputs, *tensors.values()])})")
-    values = [*inputs, *(_object(writer, path) for path in wanted)]
+    values = [*variables.values(), *(_object(writer, path) for path in wanted)]
     body = "\n        ".join(writer.lines)
     source = f"""
 def guard(module, args, kwargs, hooked=False):

@@ -10,23 +10,21 @@ guessed.
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import fx, nn
 
 from . import ambient as ambient_module
 from .errors import UntraceableError
 from .fakes import data_dependent_errors, quiet
+from .graph import NUMBER, type_of
 from .recorder import NeedsConnection, Recorder, Trace
 from .signature import Arguments
-
-_LIBRARIES = (
-    os.path.dirname(os.path.abspath(__file__)) + os.sep,
-    os.path.dirname(os.path.abspath(torch.__file__)) + os.sep,
-)
+from .symbols import NotGenericError, Symbols
+from .where import line_of
 
 
 def trace(
@@ -45,17 +43,47 @@ def trace(
     Raises:
         UntraceableError: the call can't be represented; the message names the reason and, where known, the user's
             file and line.
+        NotGenericError: it can, but not for all values of the symbols among the arguments.
     """
+    symbols = arguments.symbols
+    if not symbols:
+        return _trace(function, arguments, is_leaf)
+    exact = _trace(function, arguments.exact(), is_leaf)
     try:
-        return _trace(function, arguments, is_leaf, connected=False)
+        found = _trace(function, arguments, is_leaf, Symbols(symbols))
+    except NotGenericError:
+        raise
+    except UntraceableError as error:
+        raise NotGenericError(str(error)) from error
+    difference = _difference(exact.graph, found.graph, symbols)
+    if difference is not None:
+        # What user code did with a symbolic number was not what it does with a plain one.
+        raise NotGenericError(f"forward does something else for sizes that vary: {difference}")
+    return found
+
+
+def _trace(
+    function: Any,
+    arguments: Arguments,
+    is_leaf: Callable[[nn.Module, str], bool],
+    symbols: Symbols | None = None,
+) -> Trace:
+    try:
+        return _record(function, arguments, is_leaf, symbols, connected=False)
     except NeedsConnection:
-        return _trace(function, arguments, is_leaf, connected=True)
+        return _record(function, arguments, is_leaf, symbols, connected=True)
 
 
-def _trace(function: Any, arguments: Arguments, is_leaf: Callable[[nn.Module, str], bool], connected: bool) -> Trace:
+def _record(
+    function: Any,
+    arguments: Arguments,
+    is_leaf: Callable[[nn.Module, str], bool],
+    symbols: Symbols | None,
+    connected: bool,
+) -> Trace:
     random_state = ambient_module.RandomState()
     grad = torch.is_grad_enabled()
-    recorder = Recorder(is_leaf, random_state, connected)
+    recorder = Recorder(is_leaf, random_state, connected, symbols)
     # Autocast keeps casts of weights until it ends; it must not keep casts of fakes.
     cache = torch.is_autocast_cache_enabled()
     torch.set_autocast_cache_enabled(False)
@@ -95,7 +123,8 @@ def _trace(function: Any, arguments: Arguments, is_leaf: Callable[[nn.Module, st
         if side_effect is None and isinstance(error, (TypeError, KeyError)) and "assign" in str(error):
             side_effect = f"forward sets an attribute ({error})"
         reason = side_effect or _reason(error)
-        raise UntraceableError(f"{reason}{_line_of(error)}") from error
+        place = line_of(error)
+        raise UntraceableError(f"{reason} at {place}" if place else reason) from error
     finally:
         recorder.forget()
 
@@ -107,13 +136,46 @@ def _reason(error: Exception) -> str:
     return f"forward raised {name} while it ran on fake tensors: {str(error).splitlines()[0] if str(error) else ''}"
 
 
-def _line_of(error: Exception) -> str:
-    """Where in the user's code ``error`` was raised."""
-    place = ""
-    step = error.__traceback__
-    while step is not None:
-        name = step.tb_frame.f_code.co_filename
-        if not name.startswith(_LIBRARIES):
-            place = f" at {name}:{step.tb_lineno}"
-        step = step.tb_next
-    return place
+def _difference(exact: fx.Graph, generic: fx.Graph, symbols: Mapping[str, int | float]) -> str | None:
+    """How two records of one call differ, numbers apart that the generic one computes; ``None`` where they agree."""
+    scope = {"math": math, **symbols}
+    ours = [node for node in exact.nodes if node.op != "placeholder"]
+    theirs = [node for node in generic.nodes if node.op != "placeholder" and NUMBER not in node.meta]
+    if len(ours) != len(theirs):
+        return f"{len(theirs)} calls instead of {len(ours)}"
+    inputs = [node for node in exact.nodes if node.op == "placeholder"]
+    partner = dict(
+        zip(inputs, [node for node in generic.nodes if node.op == "placeholder" and type_of(node)], strict=True)
+    )
+
+    def same(mine: Any, other: Any) -> bool:
+        if isinstance(other, fx.Node) and not isinstance(mine, fx.Node):
+            text = other.meta.get(NUMBER)
+            return text is not None and bool(eval(text, scope) == mine)
+        if isinstance(mine, fx.Node):
+            return partner.get(mine) is other
+        if type(mine) is not type(other):
+            return False
+        if isinstance(mine, (tuple, list)):
+            return len(mine) == len(other) and all(map(same, mine, other))
+        if isinstance(mine, dict):
+            return list(mine) == list(other) and all(map(same, mine.values(), other.values()))
+        if isinstance(mine, slice):
+            return all(map(same, (mine.start, mine.stop, mine.step), (other.start, other.stop, other.step)))
+        return bool(mine == other or (mine != mine and other != other))
+
+    for mine, other in zip(ours, theirs, strict=True):
+        partner[mine] = other
+        known, found = type_of(mine), type_of(other)
+        if mine.op != other.op or mine.target != other.target or not same(tuple(mine.args), tuple(other.args)):
+            return f"{other.format_node()} instead of {mine.format_node()}"
+        if not same(dict(mine.kwargs), dict(other.kwargs)):
+            return f"{other.format_node()} instead of {mine.format_node()}"
+        if (known is None) != (found is None):
+            return f"{found} instead of {known} at {mine.format_node()}"
+        if known is not None and found is not None:
+            if known.dtype != found.dtype or known.shape != tuple(map(int, found.shape)):
+                return f"{found} instead of {known} at {mine.format_node()}"
+            if known.is_contiguous and not found.is_contiguous:
+                return f"{found} instead of {known} at {mine.format_node()}"
+    return None

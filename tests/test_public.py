@@ -82,7 +82,7 @@ def _operands(n: int = 3) -> tuple[torch.Tensor, ...]:
 
 
 def test_cache_info_counts() -> None:
-    m = OptimizedModule(chain, maxsize=3)
+    m = OptimizedModule(chain, maxsize=3, dynamic=False)
     for n in (3, 3, 4, 5, 6):
         m(*_operands(n))
     info = m.cache_info()

@@ -12,6 +12,7 @@ from torch import fx
 
 from ..graph import (
     Facts,
+    Numbers,
     Writers,
     copy_graph,
     facts,
@@ -86,7 +87,7 @@ def lower(reassociate: bool | None = None) -> Callable[[fx.Graph], fx.Graph]:
         # A view hands the strides of its operand on; all else makes memory of its own.
         blind = {node for tree in trees if not tree.is_view for node in tree.nodes}
         written: dict[fx.Node, fx.Node] = {}
-        write = _Write(storages, {} if writers.none else None, writers)
+        write = _Write(storages, {} if writers.none else None, writers, Numbers(new))
         for tree in reversed(trees):
             leaves = [written.get(leaf, leaf) for leaf in tree.leaves]
             written[tree.root] = write.tree(tree, leaves, blind.issuperset(tree.root.users))
@@ -251,11 +252,13 @@ class _Write(NamedTuple):
         views: views written so far, to be used again; ``None`` where something is written in place, as a view has a
             place in autograd's graph of its own then.
         writers: what writes in the graph.
+        numbers: writes sizes that vary.
     """
 
     storages: Iterator[int]
     views: dict[tuple[object, ...], fx.Node] | None
     writers: Writers
+    numbers: Numbers
 
     def tree(self, tree: _Tree, leaves: Sequence[fx.Node], free: bool) -> fx.Node:
         """Replace the tree by its program.
@@ -301,7 +304,9 @@ class _Write(NamedTuple):
         """Write the calls of a program at the insertion point; the node of its result."""
         values = list(leaves)
         for call in program.calls:
-            args = tuple(values[arg.number] if isinstance(arg, Value) else arg for arg in call.args)
+            args = tuple(
+                values[arg.number] if isinstance(arg, Value) else self.numbers.argument(arg) for arg in call.args
+            )
             # The last call's value is the user's: two results are never one tensor.
             key = (call.target, args, call.kwargs, inside.grad) if call is not program.calls[-1] else None
             known = self.views.get(key) if self.views is not None and key is not None else None

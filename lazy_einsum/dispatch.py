@@ -1,0 +1,426 @@
+"""``Dispatcher``: a call's way to its code.
+
+The guard of the specialization used last -> the one used last for these shapes -> all that know this kind of call ->
+a miss: build (generic code, once sizes are seen to vary), store, run. What can't be traced runs as it is.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from . import ambient as ambient_module
+from .cache import Cache, Family, Kind
+from .errors import CacheThrashWarning, FallbackWarning, UntraceableError
+from .generic import comparable, generalize, numbers_that_vary, places_of, values_of
+from .live import LiveCallChanged, is_compiled, plain_call
+from .passes import Options
+from .recorder import Trace
+from .signature import Arguments, ForeignTraceError, Signature
+from .specialize import Specialization, Stage, specialize
+from .symbols import NotGenericError
+from .verify import Verifier
+from .where import users_stacklevel
+
+logger = logging.getLogger("lazy_einsum")
+
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+SEEN_BEFORE_GENERIC = 2
+"""After so many misses that differ in sizes only, the next one makes code that is generic in these sizes."""
+
+PROMOTION = 256
+"""After about so many calls with the same sizes through generic code, they get code of their own."""
+
+_SAMPLE = 16  # one of so many calls is looked at for that
+
+_FILLING = 16
+"""So many misses for the values of a number that code can't be generic in make a warning."""
+
+OnStage = Callable[[Stage, Trace], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What the user chose; see ``OptimizedModule``."""
+
+    options: Options
+    is_leaf: Callable[[nn.Module, str], bool]
+    on_untraceable: str
+    verify: bool
+    dynamic: bool | None
+
+
+class Dispatcher:
+    """Calls one module, or callable, through its specializations. It keeps no reference to the module.
+
+    Args:
+        name: of the submodule that it calls; empty for the child itself.
+        settings: the user's.
+        cache: where specializations are kept.
+    """
+
+    def __init__(self, name: str, settings: Settings, cache: Cache) -> None:
+        self.name = name
+        self.settings = settings
+        self.cache = cache
+        self.last: Specialization | None = None
+        self._stand_in: type[nn.Module] | None = None
+
+    def __call__(self, child: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Call ``child`` through its specialization for these arguments."""
+        last = self.last
+        if last is not None:
+            values = last.guard(child, args, kwargs)
+            if values is not None:
+                return self._run(last, values, child, args, kwargs)
+        shapes = (self.name, *[value.shape if isinstance(value, torch.Tensor) else None for value in args])
+        recent = self.cache.recent.get(shapes)
+        if recent is not None:
+            values = recent.guard(child, args, kwargs)
+            if values is not None:
+                self._use(recent)
+                return self._run(recent, values, child, args, kwargs)
+        if ambient_module.bypass() is not None:
+            return self.eager(child)(*args, **kwargs)
+        if isinstance(child, nn.Module):
+            if is_compiled(child):
+                error = UntraceableError("the module is compiled (module.compile())")
+                return self.fall_back(child, child, args, kwargs, error, None)
+            if any(child.__dict__[hooks] for hooks in HOOKS) or ambient_module.global_module_hooks():
+                return self._with_hooks(child, args, kwargs)
+        return self._call(child, args, kwargs, shapes)
+
+    def eager(self, child: Any) -> Callable[..., Any]:
+        """What runs ``child`` as it is."""
+        if isinstance(child, nn.Module) and not is_compiled(child):
+            return plain_call(child)
+        return child  # type: ignore[no-any-return]
+
+    def _run(
+        self, entry: Specialization, values: tuple[Any, ...], child: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        count = entry.add_hit()
+        if entry.is_generic and count % _SAMPLE == _SAMPLE - 1:
+            self._notice(entry, child, args, kwargs)
+        try:
+            return entry.run(*values)
+        except LiveCallChanged as error:
+            failure = error
+        return self._changed(entry, failure, child, args, kwargs)
+
+    def _use(self, entry: Specialization, shapes: Hashable = None) -> None:
+        """Let the next call try ``entry`` first, and the next one with these shapes."""
+        with self.cache.lock:
+            if entry.signature in self.cache:
+                self.cache.touch(entry)
+                self.last = entry
+                if shapes is not None and not entry.is_generic:
+                    self.cache.recent[shapes] = entry
+
+    def _call(
+        self, child: Any, args: tuple[Any, ...], kwargs: dict[str, Any], shapes: Hashable = None, hooked: bool = False
+    ) -> Any:
+        """Look the call up by its signature; build on a miss. (``hooked``: the child's own hooks are being run
+        around this call.)
+        """
+        eager = child.forward if hooked else self.eager(child)
+        try:
+            arguments, _ = Arguments.of(args, kwargs)
+        except ForeignTraceError:
+            # fx knows the child's parameters and submodules by the names they have here, but not the child itself.
+            return (child.forward if isinstance(child, nn.Module) else child)(*args, **kwargs)
+        except UntraceableError as error:
+            return self.fall_back(child, eager, args, kwargs, error, None)
+        kind = Kind(self.name, arguments, ambient_module.ambient())
+        refused_key = (kind, getattr(child, "training", None))
+        if refused_key in self.cache.refused:
+            return self.fall_back(child, eager, args, kwargs, None, refused_key)
+        found = self._find(child, kind, args, kwargs, hooked)
+        if found is not None:
+            self._use(found[0], shapes)
+            return self._run(*found, child, args, kwargs)
+        verifier = Verifier(child, args, kwargs) if self.settings.verify else None
+        failure: UntraceableError
+        try:
+            with self.cache.building:
+                # Another thread may have built it while this one waited.
+                found = self._find(child, kind, args, kwargs, hooked)
+                entry, values = found or self._build(child, kind, args, kwargs, hooked, verifier)
+            self._use(entry, shapes)
+            if found is not None:
+                return self._run(entry, values, child, args, kwargs)
+            return verifier.run(entry, values) if verifier is not None else entry.run(*values)
+        except LiveCallChanged as error:
+            failure = error
+        except UntraceableError as error:
+            # The child runs outside of this block, so that an error of its own does not show as one of tracing.
+            failure = error
+        if isinstance(failure, LiveCallChanged):
+            return self._changed(entry, failure, child, args, kwargs, refused_key)
+        return self.fall_back(child, eager, args, kwargs, failure, refused_key)
+
+    def _find(
+        self, child: Any, kind: Kind, args: tuple[Any, ...], kwargs: dict[str, Any], hooked: bool
+    ) -> tuple[Specialization, tuple[Any, ...]] | None:
+        with self.cache.lock:
+            candidates = self.cache.candidates(kind)
+        for entry in candidates:
+            values = entry.guard(child, args, kwargs, hooked)
+            if values is not None:
+                return entry, values
+        return None
+
+    # -- building
+
+    def prepare(self, child: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Specialization:
+        """The specialization for a call, built where there is none, without calling anything."""
+        arguments, _ = Arguments.of(args, kwargs)
+        kind = Kind(self.name, arguments, ambient_module.ambient())
+        with self.cache.building:
+            found = self._find(child, kind, args, kwargs, True)
+            entry, _ = found or self._build(child, kind, args, kwargs, True, None)
+        self._use(entry)
+        return entry
+
+    def _build(
+        self,
+        child: Any,
+        kind: Kind,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        hooked: bool,
+        verifier: Verifier | None,
+    ) -> tuple[Specialization, tuple[Any, ...]]:
+        """Make code for a call: generic code, where sizes were seen to vary, else for the sizes that came."""
+        on_stage = verifier.add_stage if verifier else None
+        cache, relatives = self.cache, self.cache.family(kind)
+        cache.misses += 1
+        entry = self._build_generic(child, kind.arguments, relatives, on_stage)
+        values = entry.guard(child, args, kwargs, hooked) if entry is not None else None
+        if entry is None or values is None:
+            entry = self.specialize(child, kind.arguments, on_stage)
+            values = entry.guard(child, args, kwargs, hooked)
+        if values is None and entry.writes_inputs:
+            entry = self.specialize(child, kind.arguments, on_stage, overlapping=True)
+            values = entry.guard(child, args, kwargs, hooked)
+        if values is None:
+            raise UntraceableError("what the trace read can't be checked at later calls")
+        if logger.isEnabledFor(logging.INFO):
+            reason = self._reason(replace(entry.signature, arguments=kind.arguments))
+            took = entry.build_seconds * 1e3
+            logger.info("%s: miss for %s: %s; built in %.1f ms", type(child).__name__, entry.signature, reason, took)
+        relatives.seen.append(kind.arguments)
+        relatives.misses += 1
+        self.store(entry)
+        self._warn_of_numbers(child, kind.arguments, relatives)
+        return entry, values
+
+    def _build_generic(
+        self, child: Any, arguments: Arguments, relatives: Family, on_stage: OnStage | None
+    ) -> Specialization | None:
+        if self.settings.dynamic is False or relatives.reason is not None:
+            return None
+        if relatives.generic:
+            seen = [relatives.generic[0].signature.arguments]
+        else:
+            seen = comparable(relatives.seen, arguments)
+            if arguments in seen or len(seen) < (1 if self.settings.dynamic else SEEN_BEFORE_GENERIC):
+                return None
+        while (wanted := generalize(seen, arguments, relatives.fixed)) is not None:
+            try:
+                return self.specialize(child, wanted, on_stage)
+            except NotGenericError as error:
+                places = places_of(wanted, error.fixed)
+                logger.info("%s: no generic code for %s: %s", type(child).__name__, wanted, error)
+                if not places:
+                    relatives.reason = str(error)
+                    return None
+                relatives.fixed.update(places)
+        return None
+
+    def specialize(
+        self, child: Any, arguments: Arguments, on_stage: OnStage | None = None, overlapping: bool = False
+    ) -> Specialization:
+        """Make code for these arguments, in the present ambient state."""
+        entry = specialize(
+            child, arguments, self.settings.options, self._is_leaf, on_stage, overlapping, name=self.name
+        )
+        self.cache.build_seconds += entry.build_seconds
+        return entry
+
+    def _is_leaf(self, module: nn.Module, name: str) -> bool:
+        return self.settings.is_leaf(module, f"{self.name}.{name}" if self.name else name)
+
+    def _reason(self, signature: Signature) -> str:
+        """Which part of the key differs from the nearest entry: the one that agrees longest."""
+        with self.cache.lock:
+            others = [_as_for(signature, other) for other in self.cache if other.module == signature.module]
+        if not others:
+            return "first call"
+
+        def agreement(other: Signature) -> tuple[int, int]:
+            same = sum(a == b for a, b in zip(signature.arguments.leaves, other.arguments.leaves, strict=False))
+            same += sum(a == b for a, b in zip(signature.ambient, other.ambient, strict=True))
+            return same, sum(a == b for a, b in zip(signature.state, other.state, strict=False))
+
+        nearest = max(others, key=agreement)
+        found = signature.difference(nearest)
+        if not found and nearest.conditions:
+            found = f"it is not so that {' and '.join(nearest.conditions)}"
+        return found or "the same signature (an entry was dropped)"
+
+    def store(self, entry: Specialization) -> None:
+        """Keep ``entry``, and warn where entries go as fast as they come."""
+        cache = self.cache
+        with cache.lock:
+            cache.add(entry)
+            warn = not cache.warned and cache.evictions >= cache.maxsize and 2 * cache.evictions >= cache.misses
+            cache.warned = cache.warned or warn
+        if warn:
+            warnings.warn(
+                f"{cache.evictions} of {cache.misses} specializations were evicted before they could be used again; "
+                f"raise maxsize (now {int(cache.maxsize)}), or have fewer different kinds of calls come",
+                CacheThrashWarning,
+                stacklevel=users_stacklevel(),
+            )
+
+    def _warn_of_numbers(self, child: Any, arguments: Arguments, relatives: Family) -> None:
+        if relatives.warned or relatives.misses < _FILLING or self.settings.on_untraceable == "ignore":
+            return
+        places = numbers_that_vary(relatives.seen, arguments)
+        if places:
+            relatives.warned = True
+            warnings.warn(
+                f"{type(child).__name__} was specialized for {relatives.misses} calls that differ in a Python number "
+                f"(argument {places[0]}, now {arguments.leaves[places[0]]}) which forward uses by its value"
+                f"{': ' + relatives.reason if relatives.reason else ''}; pass it as a tensor to have one "
+                "specialization for all",
+                CacheThrashWarning,
+                stacklevel=users_stacklevel(),
+            )
+
+    def _notice(self, entry: Specialization, child: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Count the sizes of some calls of generic code; those that come often get code of their own."""
+        arguments, _ = Arguments.of(args, kwargs)
+        values = values_of(entry.signature.arguments, arguments)
+        cache = self.cache
+        with cache.lock:
+            relatives = cache.family(Kind.of(entry))
+            often = relatives.count(values) * _SAMPLE >= PROMOTION
+            room = 2 * sum(not other.is_generic for other in cache.values()) < cache.maxsize
+        if often and room and self.settings.dynamic is None:
+            with cache.building:
+                try:
+                    promoted = self.specialize(child, arguments)
+                except UntraceableError:  # the child has changed in a way that only the next miss will find out
+                    return
+                self.store(promoted)
+
+    # -- what can't be specialized
+
+    def _changed(
+        self,
+        entry: Specialization,
+        error: LiveCallChanged,
+        child: Any,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        key: Hashable = None,
+    ) -> Any:
+        """A live call gave another type than the trace foresaw: drop the entry, run the child."""
+        with self.cache.lock:
+            self.cache.drop(entry)
+            if self.last is entry:
+                self.last = None
+        return self.fall_back(child, self.eager(child), args, kwargs, error, key)
+
+    def fall_back(
+        self,
+        child: Any,
+        eager: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        error: UntraceableError | None,
+        key: Hashable,
+    ) -> Any:
+        """Run the child itself. If that raises too, the error is the user's: it is no fall-back, and nothing is
+        remembered.
+        """
+        if error is not None and self.settings.on_untraceable == "raise":
+            raise error
+        result = self.run_as_it_is(child, eager, args, kwargs)
+        self.cache.fallbacks.add()
+        if error is None:
+            return result
+        reason = str(error)
+        with self.cache.lock:
+            if key is not None:
+                self.cache.refused[key] = reason
+            new = reason not in self.cache.reasons
+            self.cache.reasons[reason] = None
+        if new:
+            logger.info("%s runs as it is: %s", type(child).__name__, reason)
+            if self.settings.on_untraceable == "warn":
+                warnings.warn(
+                    f"{type(child).__name__} runs as it is, not optimized: {reason}{self.describe_parts()}",
+                    FallbackWarning,
+                    stacklevel=users_stacklevel(),
+                )
+        return result
+
+    def run_as_it_is(self, child: Any, eager: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run what can't be specialized as a whole."""
+        return eager(*args, **kwargs)
+
+    def describe_parts(self) -> str:
+        """What became of submodules, in words."""
+        return ""
+
+    def _with_hooks(self, child: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Call a child that has hooks of its own: torch runs them, around the specialized ``forward``.
+
+        They see a stand-in of the child's class with the child's own attributes, because ``forward`` can't be
+        replaced in the child itself: other threads would see it.
+        """
+        reason = None
+        if ambient_module.global_module_hooks():
+            reason = "global module hooks are registered, which fire for each submodule"
+        elif "forward" in child.__dict__:
+            reason = "the module has hooks, and a forward of its own instance"
+        if reason is not None:
+            return self.fall_back(child, self.eager(child), args, kwargs, UntraceableError(reason), None)
+        if self._stand_in is None or self._stand_in.__base__ is not type(child):
+            self._stand_in = _stand_in_class(type(child))
+        stand_in: nn.Module = type(child).__new__(self._stand_in)
+        object.__setattr__(stand_in, "__dict__", child.__dict__)
+        object.__setattr__(stand_in, "_lazy_einsum", (self, child))
+        return plain_call(stand_in)(*args, **kwargs)
+
+
+def _as_for(signature: Signature, other: Signature) -> Signature:
+    """``other``; of generic code, with the arguments of ``signature`` where these are a case of its own."""
+    if other.arguments.symbols and values_of(other.arguments, signature.arguments) is not None:
+        return replace(other, arguments=signature.arguments)
+    return other
+
+
+def _stand_in_class(kind: type[nn.Module]) -> type[nn.Module]:
+    def forward(stand_in: Any, *args: Any, **kwargs: Any) -> Any:
+        dispatcher, child = stand_in._lazy_einsum
+        return dispatcher._call(child, args, kwargs, hooked=True)
+
+    # In a slot, because the dictionary of attributes is the child's own.
+    names = {
+        "__slots__": ("_lazy_einsum",),
+        "forward": forward,
+        "__module__": kind.__module__,
+        "__qualname__": kind.__qualname__,
+    }
+    return type(kind.__name__, (kind,), names)
