@@ -19,6 +19,8 @@ QUERIES = frozenset(
     is_tensor dim_order output_nr
     """.split()
 )
+# Arithmetic on symbolic numbers, which torch sends the same way as calls on tensors.
+ARITHMETIC = frozenset(name for name in dir(torch) if name.startswith(("sym_", "_sym_")))
 # Of those, the ones whose answer depends on more than shapes and dtypes.
 LAYOUT_QUERIES = frozenset({"is_contiguous", "stride", "dim_order"})
 # These change the autograd state of a tensor, its identity or its storage, in ways that a graph of calls would not

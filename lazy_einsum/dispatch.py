@@ -216,7 +216,8 @@ class Dispatcher:
             reason = self._reason(replace(entry.signature, arguments=kind.arguments))
             took = entry.build_seconds * 1e3
             logger.info("%s: miss for %s: %s; built in %.1f ms", type(child).__name__, entry.signature, reason, took)
-        relatives.seen.append(kind.arguments)
+        if kind.arguments not in relatives.seen:
+            relatives.seen.append(kind.arguments)
         relatives.misses += 1
         self.store(entry)
         self._warn_of_numbers(child, kind.arguments, relatives)
@@ -236,8 +237,9 @@ class Dispatcher:
         while (wanted := generalize(seen, arguments, relatives.fixed)) is not None:
             try:
                 return self.specialize(child, wanted, on_stage)
-            except NotGenericError as error:
-                places = places_of(wanted, error.fixed)
+            except UntraceableError as error:
+                # Also where the call can't be traced at all: that shows when code for its own sizes is made.
+                places = places_of(wanted, error.fixed if isinstance(error, NotGenericError) else frozenset())
                 logger.info("%s: no generic code for %s: %s", type(child).__name__, wanted, error)
                 if not places:
                     relatives.reason = str(error)

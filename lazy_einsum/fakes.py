@@ -6,8 +6,9 @@ import gc
 import logging
 import types
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from torch import nn
 
 from . import ambient as ambient_module
 from .errors import UntraceableError
-from .signature import TensorType
+from .signature import TensorType, contiguous_strides
 
 
 @contextmanager
@@ -80,6 +81,41 @@ def make_fake(known: TensorType, number: Callable[[Any], Any] = lambda size: siz
         if result.stride() != fake.stride():
             result = result.as_strided(shape, stride) if known.numel <= result.numel() else result
         return result
+
+
+class _Multilinear(torch.autograd.Function):
+    """A fake result, connected to tensors in each of which it is linear; so are its gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, known: TensorType, *operands: torch.Tensor) -> torch.Tensor:
+        """``known`` has sizes as torch takes them."""
+        ctx.save_for_backward(*operands)
+        return make_fake(known)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        """The gradient of each operand is linear in the given one and in all other operands."""
+        operands = ctx.saved_tensors
+        found: list[torch.Tensor | None] = [None]
+        for number, operand in enumerate(operands):
+            if not ctx.needs_input_grad[number + 1]:
+                found.append(None)
+                continue
+            shape = tuple(operand.shape)
+            known = TensorType(shape, operand.dtype, operand.device, contiguous_strides(shape))
+            found.append(multilinear(known, (*gradients, *operands[:number], *operands[number + 1 :])))
+        return tuple(found)
+
+
+def multilinear(known: TensorType, operands: Sequence[torch.Tensor]) -> torch.Tensor:
+    """A fake of type ``known`` that stands for a sum of products of ``operands``: what ``forward`` differentiates is
+    connected as it is in eager mode. Called inside of ``fake_mode()``.
+    """
+    known = replace(known, requires_grad=False, is_leaf=True)
+    if not (torch.is_grad_enabled() and any(operand.requires_grad for operand in operands)):
+        return make_fake(known)
+    result: torch.Tensor = _Multilinear.apply(known, *operands)  # type: ignore[no-untyped-call]
+    return result
 
 
 def empty_like(

@@ -19,10 +19,20 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from . import ambient as ambient_module
-from .calls import HIDDEN_WRITES, LAID_OUT, LAYOUT_QUERIES, OPERATORS, QUERIES, REFLECTED, REFUSED, call_name
+from .calls import (
+    ARITHMETIC,
+    HIDDEN_WRITES,
+    LAID_OUT,
+    LAYOUT_QUERIES,
+    OPERATORS,
+    QUERIES,
+    REFLECTED,
+    REFUSED,
+    call_name,
+)
 from .errors import UntraceableError
-from .fakes import empty_like, fake_mode, grad_fn_of, is_fake, is_held, make_fake, with_tensors
-from .graph import EVERYTHING, NUMBER, Facts, Numbers, erase_unused_numbers, facts, read_einsum, stamp, type_of
+from .fakes import empty_like, fake_mode, grad_fn_of, is_fake, is_held, make_fake, multilinear, with_tensors
+from .graph import EVERYTHING, NUMBER, Facts, Numbers, facts, read_einsum, stamp, type_of
 from .live import LiveCall
 from .shadow import Shadows
 from .signature import (
@@ -74,12 +84,6 @@ class Trace:
     writes: tuple[bool, ...]
     switches_grad: bool
     conditions: tuple[str, ...] = ()
-
-
-class NeedsConnection(BaseException):
-    """``forward`` differentiates: fakes have to be connected in autograd's graph. (No ``Exception``, so that user
-    code does not catch it.)
-    """
 
 
 @dataclass(slots=True)
@@ -145,7 +149,6 @@ class Recorder(TorchFunctionMode):
     Args:
         is_leaf: which submodules stay live calls.
         random_state: the generators as they were before.
-        connected: whether the result of each einsum is connected to its operands in autograd's graph.
         symbols: those among the arguments, ``None`` where there are none.
     """
 
@@ -153,7 +156,6 @@ class Recorder(TorchFunctionMode):
         self,
         is_leaf: Callable[[nn.Module, str], bool],
         random_state: ambient_module.RandomState,
-        connected: bool,
         symbols: Symbols | None = None,
     ) -> None:
         super().__init__()
@@ -178,7 +180,6 @@ class Recorder(TorchFunctionMode):
         # Under autocast an operation means other operations: nothing is rewritten there.
         self._movable = not ambient_module.any_autocast()
         self._random_state = random_state
-        self._connected = connected
         self._fake_mode = fake_mode(shape_env=symbols.shape_env if symbols else None)
 
     # -- running
@@ -246,7 +247,6 @@ class Recorder(TorchFunctionMode):
         written = {number for node in self.graph.nodes if (known := facts(node)) for number in known.writes}
         writes = tuple(self._is_written(fake, written) for fake in [*self._inputs, *self._state_fakes()])
         self._erase_unused_reads()
-        erase_unused_numbers(self.graph)
         conditions = self._resolve_sizes() if self._symbols else ()
         return Trace(self.graph, self.shadows.reads, self._state, build, writes, self._switched, conditions)
 
@@ -412,6 +412,8 @@ class Recorder(TorchFunctionMode):
     def _record(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         name = call_name(func)
         sets = getattr(func, "__name__", "") in ("__set__", "__delete__")
+        if self._symbols is not None and name in ARITHMETIC:
+            return func(*args, **kwargs)
         if name in QUERIES and not sets:
             return func(*args, **kwargs) if self._symbols is None else self._query(func, name, args, kwargs)
         if self.failure is not None:
@@ -426,8 +428,6 @@ class Recorder(TorchFunctionMode):
         taken = self._argument(list(args)), self._argument(dict(kwargs))
         self._net.written.clear()
         self._net.random = False
-        if func is torch.autograd.grad and not self._connected:
-            raise NeedsConnection
         result = self._shortcut(func, args, kwargs)
         if result is None:
             result = func(*args, **kwargs)
@@ -458,7 +458,7 @@ class Recorder(TorchFunctionMode):
         """The fake result of an einsum of several operands, without running its dozens of steps on fakes (8 ms for
         three operands; so 0.6).
         """
-        if func is not torch.functional.einsum or self._connected or not self._movable or kwargs:
+        if func is not torch.functional.einsum or not self._movable or kwargs:
             return None
         operands = list(_tensors(args))
         if len(operands) < 2 or not all(is_fake(operand) for operand in operands):
@@ -471,13 +471,8 @@ class Recorder(TorchFunctionMode):
         exact = exact and math.prod(max(operand.numel(), 1) for operand in operands) <= MAX_EXACT
         empty = {id(operand): empty_like(operand, operand.device if exact else "meta") for operand in operands}
         with ambient_module.no_modes(), torch.no_grad():
-            example = torch.einsum(*with_tensors(args, empty))
-            requires_grad = self._grad and any(operand.requires_grad for operand in operands)
-            known = TensorType.of(example)
-        known = replace(known, device=operands[0].device, requires_grad=requires_grad, is_leaf=not requires_grad)
-        # Not connected to its operands in autograd's graph, which only differentiation inside of forward could tell;
-        # that asks for a trace with connections.
-        return make_fake(known)
+            known = TensorType.of(torch.einsum(*with_tensors(args, empty)))
+        return multilinear(replace(known, device=operands[0].device), operands)
 
     def _generic_einsum(self, args: tuple[Any, ...], operands: list[torch.Tensor]) -> torch.Tensor | None:
         """The fake result of an einsum of symbolic sizes. (torch's own evaluation would compare sizes to plan, and that
@@ -513,30 +508,22 @@ class Recorder(TorchFunctionMode):
             )
         dense = contiguous_strides([shape[dim] for dim in order])
         stride = tuple(dense[order.index(dim)] for dim in range(len(shape)))
-        requires_grad = self._grad and any(operand.requires_grad for operand in operands)
-        known_type = replace(
-            known_type,
-            shape=tuple(shape),
-            stride=stride,
-            device=operands[0].device,
-            requires_grad=requires_grad,
-            is_leaf=not requires_grad,
-        )
-        return make_fake(known_type)
+        known_type = replace(known_type, shape=tuple(shape), stride=stride, device=operands[0].device)
+        return multilinear(known_type, operands)
 
     def _with_real_strides(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> Any:
         """``result`` with the strides that eager gives to it: where a size is 1, found by working on real memory."""
         operands = list(_tensors((args, kwargs)))
         small = isinstance(result, torch.Tensor) and 0 < result.numel() <= MAX_EXACT
         ambiguous = small and any(1 in operand.shape for operand in operands)
-        if not ambiguous or self._connected or not self._movable or not all(map(is_fake, operands)):
+        if not ambiguous or not self._movable or not all(map(is_fake, operands)):
             return result
         if max(operand.numel() for operand in operands) > MAX_EXACT:
             return result
         empty = {id(operand): empty_like(operand, operand.device) for operand in operands}
         with ambient_module.no_modes(), torch.no_grad():
             stride = func(*with_tensors(args, empty), **with_tensors(kwargs, empty)).stride()
-        return result if stride == result.stride() else make_fake(replace(TensorType.of(result), stride=stride))
+        return result if stride == result.stride() else result.as_strided(result.shape, stride)
 
     def _check_modes(self) -> None:
         if ambient_module.inner_state() != self._ambient:
@@ -593,7 +580,12 @@ class Recorder(TorchFunctionMode):
         for key, item in items:
             if isinstance(item, torch.Tensor):
                 if id(item) not in self._known:
-                    self._track(item, self.graph.call_function(operator.getitem, (node, key)))
+                    taken = self.graph.call_function(operator.getitem, (node, key))
+                    if node.target is torch.autograd.grad and item.is_contiguous():
+                        # How a gradient lies depends on how the product was lowered; code behind it may rely on this.
+                        stamp(taken, self._facts(item))
+                        taken = self.graph.call_method("contiguous", (taken,))
+                    self._track(item, taken)
             elif isinstance(item, (tuple, list, dict)):
                 inner = self.graph.call_function(operator.getitem, (node, key))
                 stamp(inner, Facts(None, None, (), torch.is_grad_enabled(), self._movable, ""))

@@ -180,14 +180,15 @@ class EinsumSpec:
                 )
             own: dict[str, int] = {}
             for label, size in zip(term, shape, strict=True):
-                if own.setdefault(label, size) != size:
+                # By value: of two symbolic sizes the trace has made a condition that they are equal.
+                if int(own.setdefault(label, size)) != int(size):
                     raise EquationError(
                         f"einsum {self}: label {label!r} is repeated in operand {number} with sizes {own[label]} "
                         f"and {size}; expected equal sizes, as only a diagonal can be taken"
                     )
                 if sizes.get(label, 1) == 1:
                     sizes[label], origin[label] = size, number
-                elif size != 1 and size != sizes[label]:
+                elif size != 1 and int(size) != int(sizes[label]):
                     raise EquationError(
                         f"einsum {self}: label {label!r} has size {size} in operand {number}, but {sizes[label]} in "
                         f"operand {origin[label]}; expected equal sizes, or 1 to broadcast"

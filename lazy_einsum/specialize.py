@@ -4,6 +4,7 @@ last of them.
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 import weakref
@@ -289,7 +290,7 @@ def specialize(
     if any(traced.writes):
         overlap = partial(shares_written if overlapping else shares_nothing_written, traced.writes)
         reads = (*reads, ("written memory", "shared by inputs" if overlapping else "of its own for each input"))
-    conditions = (*traced.conditions, *plan_conditions(arguments, fused, options))
+    conditions = (*traced.conditions, *plan_conditions(arguments, fused, options, traced.conditions))
     exceptions: set[Any] = set()
     guard = compile_guard(arguments, ambient, traced.reads, list(state.values()), overlap, conditions, exceptions)
     signature = Signature(arguments, ambient, reads, name, conditions)
@@ -327,8 +328,14 @@ def shares_written(writes: Sequence[bool], *tensors: torch.Tensor) -> bool:
     return not shares_nothing_written(writes, *tensors)
 
 
-def plan_conditions(arguments: Arguments, graph: fx.Graph, options: Options) -> Iterator[str]:
-    """Where the contraction orders chosen for the symbols' examples are good ones, as conditions on each symbol."""
+def plan_conditions(
+    arguments: Arguments, graph: fx.Graph, options: Options, conditions: Sequence[str]
+) -> Iterator[str]:
+    """Where the contraction orders chosen for the symbols' examples are good ones, as conditions on single symbols.
+
+    Looked for in steps of a factor of 4 around the examples: one symbol at a time, or all together where ``conditions``
+    tie one to others.
+    """
     networks = []
     for node in graph.nodes:
         found = read_einsum(node) if is_einsum(node) else None
@@ -336,19 +343,21 @@ def plan_conditions(arguments: Arguments, graph: fx.Graph, options: Options) -> 
         if found is not None and len(found[1]) > 2 and len(types) == len(found[1]):
             networks.append((found[0], [known.shape for known in types]))
     examples = arguments.symbols
-    for name, example in examples.items():
-        if type(example) is not int or not networks:
-            continue
+    sizes = [name for name, example in examples.items() if type(example) is int]
+    groups = [[name] for name in sizes] + [sizes] * (len(sizes) > 1)
+    for names in groups if networks else ():
         for factor, relation in ((4, "<"), (0.25, ">")):
-            size = example
-            for _ in range(5):
-                size = int(size * factor)
-                scope = {**examples, name: size}
-                if size < 2:
+            for power in range(1, 6):
+                scope = examples | {name: int(examples[name] * factor**power) for name in names}
+                if any(scope[name] < 2 for name in names) or not all(_holds(text, scope) for text in conditions):
                     break
                 if not all(_is_good(spec, shapes, scope, options) for spec, shapes in networks):
-                    yield f"{name} {relation} {size}"
+                    yield f"{names[0]} {relation} {scope[names[0]]}"
                     break
+
+
+def _holds(condition: str, scope: Mapping[str, int | float]) -> bool:
+    return bool(eval(condition, {"math": math, **scope}))
 
 
 def _is_good(

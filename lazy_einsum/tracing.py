@@ -21,7 +21,7 @@ from . import ambient as ambient_module
 from .errors import UntraceableError
 from .fakes import data_dependent_errors, quiet
 from .graph import NUMBER, type_of
-from .recorder import NeedsConnection, Recorder, Trace
+from .recorder import Recorder, Trace
 from .signature import Arguments
 from .symbols import NotGenericError, Symbols
 from .where import line_of
@@ -68,22 +68,9 @@ def _trace(
     is_leaf: Callable[[nn.Module, str], bool],
     symbols: Symbols | None = None,
 ) -> Trace:
-    try:
-        return _record(function, arguments, is_leaf, symbols, connected=False)
-    except NeedsConnection:
-        return _record(function, arguments, is_leaf, symbols, connected=True)
-
-
-def _record(
-    function: Any,
-    arguments: Arguments,
-    is_leaf: Callable[[nn.Module, str], bool],
-    symbols: Symbols | None,
-    connected: bool,
-) -> Trace:
     random_state = ambient_module.RandomState()
     grad = torch.is_grad_enabled()
-    recorder = Recorder(is_leaf, random_state, connected, symbols)
+    recorder = Recorder(is_leaf, random_state, symbols)
     # Autocast keeps casts of weights until it ends; it must not keep casts of fakes.
     cache = torch.is_autocast_cache_enabled()
     torch.set_autocast_cache_enabled(False)
@@ -112,8 +99,6 @@ def _record(
     except UntraceableError as error:
         if recorder.failure is not None and recorder.failure is not error:
             raise recorder.failure from None
-        raise
-    except NeedsConnection:
         raise
     except Exception as error:
         failure = recorder.failure

@@ -15,6 +15,7 @@ from ..graph import (
     Numbers,
     Writers,
     copy_graph,
+    erase_unused_numbers,
     facts,
     fresh_storage,
     is_einsum,
@@ -91,6 +92,7 @@ def lower(reassociate: bool | None = None) -> Callable[[fx.Graph], fx.Graph]:
         for tree in reversed(trees):
             leaves = [written.get(leaf, leaf) for leaf in tree.leaves]
             written[tree.root] = write.tree(tree, leaves, blind.issuperset(tree.root.users))
+        erase_unused_numbers(new)
         return new
 
     return run
