@@ -17,6 +17,9 @@ from .generic import Place, family, values_of
 from .signature import Arguments, Signature
 from .specialize import Specialization
 
+REFUSALS = 3
+"""After calls of so many sizes could not be traced, other sizes are not tried."""
+
 
 class _Counts(NamedTuple):
     hits: int
@@ -81,6 +84,7 @@ class Family:
         generic: code that is generic in some sizes, the newest first.
         fixed: sizes and numbers that code can't be generic in, each with an example.
         reason: why no code is generic here, where that is known.
+        refusals: for each mode of training, why calls could not be traced, by their arguments.
         warned: whether the user was told of numbers that fill the cache.
         counts: how often some values of the symbols were noticed.
     """
@@ -90,6 +94,7 @@ class Family:
     generic: list[Specialization] = field(default_factory=list)
     fixed: dict[Place, Any] = field(default_factory=dict)
     reason: str | None = None
+    refusals: dict[Any, dict[Arguments, str]] = field(default_factory=dict)
     warned: bool = False
     counts: LRUCache[Any, int] = field(default_factory=lambda: LRUCache(256))
 
@@ -110,7 +115,6 @@ class Cache(LRUCache[Signature, Specialization]):
         building: to be held while code is made, so that none is made twice.
         exact: by kind of call, code for just these sizes.
         families: what is known of calls that differ in sizes only.
-        refused: why a kind of call, in a mode of training, can't be traced.
         recent: by shapes of the positional arguments, what served them last.
         reasons: why calls ran as they are, in the order in which that came up.
         parts: what became of submodules, by name.
@@ -122,7 +126,6 @@ class Cache(LRUCache[Signature, Specialization]):
         self.building = threading.RLock()
         self.exact: dict[Kind, list[Specialization]] = {}
         self.families: LRUCache[Hashable, Family] = LRUCache(1024)
-        self.refused: LRUCache[Hashable, str] = LRUCache(1024)
         self.recent: dict[Hashable, Specialization] = {}
         self.reasons: dict[str, None] = {}
         self.parts: dict[str, str] = {}
@@ -143,6 +146,18 @@ class Cache(LRUCache[Signature, Specialization]):
         """What may serve a call of this kind: code for its sizes first, then generic code."""
         known = self.families.get(kind.family)
         return [*self.exact.get(kind, ()), *(known.generic if known is not None else ())]
+
+    def is_refused(self, kind: Kind, mode: Any) -> bool:
+        """Whether a call of this kind, in a mode of training, is known not to be traceable: it was tried, or several
+        others of the family were.
+        """
+        known = self.families.get(kind.family)
+        refusals = known.refusals.get(mode, ()) if known is not None else ()
+        return len(refusals) >= REFUSALS or kind.arguments in refusals
+
+    def refuse(self, kind: Kind, mode: Any, reason: str) -> None:
+        """Note that a call of this kind can't be traced."""
+        self.family(kind).refusals.setdefault(mode, {})[kind.arguments] = reason
 
     def add(self, entry: Specialization) -> None:
         """Store ``entry``, in place of one with the same signature."""

@@ -139,9 +139,10 @@ class Dispatcher:
         except UntraceableError as error:
             return self.fall_back(child, eager, args, kwargs, error, None)
         kind = Kind(self.name, arguments, ambient_module.ambient())
-        refused_key = (kind, getattr(child, "training", None))
-        if refused_key in self.cache.refused:
-            return self.fall_back(child, eager, args, kwargs, None, refused_key)
+        with self.cache.lock:
+            refused = self.cache.is_refused(kind, getattr(child, "training", None))
+        if refused:
+            return self.fall_back(child, eager, args, kwargs, None, kind)
         found = self._find(child, kind, args, kwargs, hooked)
         if found is not None:
             self._use(found[0], shapes)
@@ -163,8 +164,8 @@ class Dispatcher:
             # The child runs outside of this block, so that an error of its own does not show as one of tracing.
             failure = error
         if isinstance(failure, LiveCallChanged):
-            return self._changed(entry, failure, child, args, kwargs, refused_key)
-        return self.fall_back(child, eager, args, kwargs, failure, refused_key)
+            return self._changed(entry, failure, child, args, kwargs, kind)
+        return self.fall_back(child, eager, args, kwargs, failure, kind)
 
     def _find(
         self, child: Any, kind: Kind, args: tuple[Any, ...], kwargs: dict[str, Any], hooked: bool
@@ -310,6 +311,8 @@ class Dispatcher:
 
     def _notice(self, entry: Specialization, child: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Count the sizes of some calls of generic code; those that come often get code of their own."""
+        if ambient_module.saved_tensor_hooks() is not None:
+            return  # a checkpoint will run this call again, and compares what both runs save
         arguments, _ = Arguments.of(args, kwargs)
         values = values_of(entry.signature.arguments, arguments)
         cache = self.cache
@@ -334,14 +337,14 @@ class Dispatcher:
         child: Any,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
-        key: Hashable = None,
+        kind: Kind | None = None,
     ) -> Any:
         """A live call gave another type than the trace foresaw: drop the entry, run the child."""
         with self.cache.lock:
             self.cache.drop(entry)
             if self.last is entry:
                 self.last = None
-        return self.fall_back(child, self.eager(child), args, kwargs, error, key)
+        return self.fall_back(child, self.eager(child), args, kwargs, error, kind)
 
     def fall_back(
         self,
@@ -350,7 +353,7 @@ class Dispatcher:
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
         error: UntraceableError | None,
-        key: Hashable,
+        kind: Kind | None,
     ) -> Any:
         """Run the child itself. If that raises too, the error is the user's: it is no fall-back, and nothing is
         remembered.
@@ -363,8 +366,8 @@ class Dispatcher:
             return result
         reason = str(error)
         with self.cache.lock:
-            if key is not None:
-                self.cache.refused[key] = reason
+            if kind is not None:
+                self.cache.refuse(kind, getattr(child, "training", None), reason)
             new = reason not in self.cache.reasons
             self.cache.reasons[reason] = None
         if new:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from . import ambient as ambient_module
 from .cache import Cache, Kind
 from .dispatch import Dispatcher, Settings
 from .errors import UntraceableError
@@ -92,6 +93,11 @@ class WholeDispatcher(Dispatcher):
         def call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             if not getattr(self._active, "value", False):
                 return plain_call(module)(*args, **kwargs)
+            if ambient_module.saved_tensor_hooks() is not None:
+                # A checkpoint runs it a second time when nothing is installed, and compares what both runs save.
+                with self.cache.lock:
+                    self.cache.parts[name] = "called by a checkpoint, or under other saved-tensor hooks"
+                return plain_call(module)(*args, **kwargs)
             if part.is_idle(module, args, kwargs):
                 with self._activate(False):
                     return plain_call(module)(*args, **kwargs)
@@ -139,14 +145,14 @@ class PartDispatcher(Dispatcher):
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
         error: UntraceableError | None,
-        key: Hashable,
+        kind: Kind | None,
     ) -> Any:
         """Run the submodule itself, without a warning: its own submodules may still be specialized."""
         if error is not None:
             with self.cache.lock:
                 self.cache.parts[self.name] = str(error)
-                if key is not None:
-                    self.cache.refused[key] = str(error)
+                if kind is not None:
+                    self.cache.refuse(kind, child.training, str(error))
         return eager(*args, **kwargs)
 
 

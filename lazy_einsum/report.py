@@ -35,6 +35,7 @@ class Report:
             f"{cache.evictions} evictions, {cache.fallbacks} fall-backs; {cache.build_seconds:.3f} s building"
         ]
         lines += [f"runs as it is: {reason}" for reason in self.reasons]
+        lines += [f"{name}: {state}" for name, state in cache.parts.items()]
         for entry in self.specializations:
             lines += ["", f"{entry.signature}", f"  {entry.hits} hits, built in {entry.build_seconds * 1e3:.1f} ms"]
             for plan in entry.plans:
@@ -47,6 +48,7 @@ class Report:
         return {
             "name": self.name,
             "cache": self.cache._asdict(),
+            "parts": dict(self.cache.parts),
             "reasons": list(self.reasons),
             "specializations": [
                 {
