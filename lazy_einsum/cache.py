@@ -147,6 +147,11 @@ class Cache(LRUCache[Signature, Specialization]):
         known = self.families.get(kind.family)
         return [*self.exact.get(kind, ()), *(known.generic if known is not None else ())]
 
+    def relatives(self, kind: Kind) -> list[Specialization]:
+        """Code for single calls of the family of ``kind``."""
+        wanted = kind.family
+        return [entry for other in self.exact if other.family == wanted for entry in self.exact[other]]
+
     def is_refused(self, kind: Kind, mode: Any) -> bool:
         """Whether a call of this kind, in a mode of training, is known not to be traceable: it was tried, or several
         others of the family were.

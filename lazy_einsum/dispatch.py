@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -203,7 +203,7 @@ class Dispatcher:
         on_stage = verifier.add_stage if verifier else None
         cache, relatives = self.cache, self.cache.family(kind)
         cache.misses += 1
-        entry = self._build_generic(child, kind.arguments, relatives, on_stage)
+        entry = self._build_generic(child, kind, relatives, on_stage)
         values = entry.guard(child, args, kwargs, hooked) if entry is not None else None
         if entry is None or values is None:
             entry = self.specialize(child, kind.arguments, on_stage)
@@ -225,8 +225,9 @@ class Dispatcher:
         return entry, values
 
     def _build_generic(
-        self, child: Any, arguments: Arguments, relatives: Family, on_stage: OnStage | None
+        self, child: Any, kind: Kind, relatives: Family, on_stage: OnStage | None
     ) -> Specialization | None:
+        arguments = kind.arguments
         if self.settings.dynamic is False or relatives.reason is not None:
             return None
         if relatives.generic:
@@ -235,9 +236,11 @@ class Dispatcher:
             seen = comparable(relatives.seen, arguments)
             if arguments in seen or len(seen) < (1 if self.settings.dynamic else SEEN_BEFORE_GENERIC):
                 return None
+        with self.cache.lock:
+            witnesses = self.cache.relatives(kind)
         while (wanted := generalize(seen, arguments, relatives.fixed)) is not None:
             try:
-                return self.specialize(child, wanted, on_stage)
+                return self.specialize(child, wanted, on_stage, witnesses=witnesses)
             except UntraceableError as error:
                 # Also where the call can't be traced at all: that shows when code for its own sizes is made.
                 places = places_of(wanted, error.fixed if isinstance(error, NotGenericError) else frozenset())
@@ -249,12 +252,16 @@ class Dispatcher:
         return None
 
     def specialize(
-        self, child: Any, arguments: Arguments, on_stage: OnStage | None = None, overlapping: bool = False
+        self,
+        child: Any,
+        arguments: Arguments,
+        on_stage: OnStage | None = None,
+        overlapping: bool = False,
+        witnesses: Sequence[Specialization] = (),
     ) -> Specialization:
         """Make code for these arguments, in the present ambient state."""
-        entry = specialize(
-            child, arguments, self.settings.options, self._is_leaf, on_stage, overlapping, name=self.name
-        )
+        options, is_leaf = self.settings.options, self._is_leaf
+        entry = specialize(child, arguments, options, is_leaf, on_stage, overlapping, self.name, witnesses)
         self.cache.build_seconds += entry.build_seconds
         return entry
 

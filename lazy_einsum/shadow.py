@@ -85,17 +85,18 @@ class Shadows:
     def module(self, live: nn.Module, path: Path) -> nn.Module:
         """The shadow of the submodule ``live`` at ``path``."""
         if id(live) in self._seen:
-            _, shadow, first = self._seen[id(live)]
+            _, known, first = self._seen[id(live)]
             if first != path:
                 self.note(path, SameAs(first))
-            return shadow  # type: ignore[no-any-return]
+            return known  # type: ignore[no-any-return]
         kind = type(live)
         name = path_name(path) or "the module"
         if isinstance(live, torch.jit.ScriptModule):
             raise UntraceableError(f"{name} is a TorchScript module")
         if kind.__getattribute__ is not object.__getattribute__:
             raise UntraceableError(f"{name} ({kind.__name__}) overrides __getattribute__")
-        shadow = kind.__new__(kind)
+        # Not ``kind.__new__``: that of a GraphModule makes another class.
+        shadow: Any = object.__new__(kind)
         if not isinstance(shadow, nn.Module) or not hasattr(live, "_modules"):
             raise UntraceableError(f"{name} ({kind.__name__}) can't be stood in for: it is no initialized nn.Module")
         self._seen[id(live)] = (live, shadow, path)

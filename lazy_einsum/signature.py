@@ -198,6 +198,9 @@ def is_constant(value: object) -> bool:
         return True
     if kind is tuple or kind is torch.Size or kind is frozenset:
         return all(is_constant(item) for item in value)  # type: ignore[attr-defined]
+    if isinstance(value, tuple) and not hasattr(value, "_fields"):
+        # A class of its own that is its items and nothing else: e3nn's irreps.
+        return not getattr(value, "__dict__", None) and all(map(is_constant, value))
     if kind is slice:
         return all(is_constant(item) for item in (value.start, value.stop, value.step))  # type: ignore[attr-defined]
     return False

@@ -20,6 +20,7 @@ from torch import fx, nn
 from . import ambient as ambient_module
 from .counter import Counter
 from .errors import LazyEinsumError, MemoryLimitError, UntraceableError
+from .generic import values_of
 from .graph import copy_graph, is_einsum, read_einsum, type_of
 from .passes import PASSES, Options
 from .passes.choose_paths import PLAN
@@ -29,7 +30,9 @@ from .signature import Arguments, Signature
 from .sizes import is_symbolic
 from .spec import EinsumSpec
 from .state import Guard, Path, compile_guard, describe_reads
+from .symbols import NotGenericError
 from .tracing import trace
+from .witness import difference
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +96,10 @@ def run_passes(graph: fx.Graph, options: Options) -> Iterator[Stage]:
         yield Stage(name, graph, time.perf_counter() - start)
 
 
+WRITTEN = "written memory"
+"""The part of a signature's state that says whether inputs share memory that is written."""
+
+
 class Specialization:
     """The code for one signature.
 
@@ -112,6 +119,7 @@ class Specialization:
         "__weakref__",
         "_graph",
         "_module",
+        "_record",
         "_state",
         "add_hit",
         "build_seconds",
@@ -129,6 +137,7 @@ class Specialization:
     def __init__(
         self,
         signature: Signature,
+        record: fx.Graph,
         graph: fx.Graph,
         stages: Mapping[str, str],
         plans: tuple[Plan, ...],
@@ -150,6 +159,7 @@ class Specialization:
         self.guard = guard
         self.run = run
         self.used = 0
+        self._record = record
         self._graph = graph
         self._state = state
         # Weakly: a specialization must not keep the child's tensors alive.
@@ -168,7 +178,7 @@ class Specialization:
     @property
     def writes_inputs(self) -> bool:
         """Whether the code writes to memory of arguments or of the module."""
-        return any(name == "written memory" for name, _ in self.signature.state)
+        return any(name == WRITTEN for name, _ in self.signature.state)
 
     @property
     def graph_module(self) -> fx.GraphModule:
@@ -183,6 +193,21 @@ class Specialization:
         return fx.GraphModule(
             {target: read(module, path) for target, path in self._state.items()}, copy_graph(self._graph)
         )
+
+    def record(
+        self, generic: Arguments, reads: tuple[tuple[str, Any], ...], conditions: Sequence[str]
+    ) -> tuple[fx.Graph, dict[str, int | float]] | None:
+        """What was traced, and the values of the symbols of ``generic``, where this is for one of the calls that those
+        stand for, under the same conditions and the same state of the module.
+        """
+        values = values_of(generic, self.signature.arguments)
+        state = tuple(item for item in self.signature.state if item[0] != WRITTEN)
+        if values is None or state != reads:
+            return None
+        symbols = dict(zip(generic.symbols, values, strict=True))
+        if not all(_holds(text, symbols) for text in conditions):
+            return None
+        return self._record, symbols
 
     def __repr__(self) -> str:
         return f"<Specialization {self.signature}, {self.hits} hits, built in {self.build_seconds * 1e3:.1f} ms>"
@@ -249,6 +274,7 @@ def specialize(
     on_stage: Callable[[Stage, Trace], None] | None = None,
     overlapping: bool = False,
     name: str = "",
+    witnesses: Sequence[Specialization] = (),
 ) -> Specialization:
     """Make the specialization of ``module`` for the given arguments, in the present ambient state.
 
@@ -262,6 +288,8 @@ def specialize(
             all inputs for separate; what it recorded is right for these too, what passes make of it may not be, so
             none is run.
         name: of the submodule that ``module`` is; empty for the child itself.
+        witnesses: code for single calls of the kind that symbols among the arguments stand for: what was traced for
+            them is compared.
 
     Raises:
         MemoryLimitError: no contraction order stays below the limit.
@@ -271,6 +299,15 @@ def specialize(
     start = time.perf_counter()
     ambient = ambient_module.ambient()
     traced = trace(module, arguments, is_leaf)
+    reads: tuple[tuple[str, Any], ...] = describe_reads(traced.reads)
+    if arguments.symbols:
+        records = [record for entry in witnesses if (record := entry.record(arguments, reads, traced.conditions))]
+        if not records:
+            records = [(trace(module, arguments.exact(), is_leaf).graph, arguments.symbols)]
+        for graph, symbols in records:
+            found = difference(graph, traced.graph, symbols)
+            if found is not None:
+                raise NotGenericError(f"forward does something else for sizes that vary: {found}")
     stages = Stages()
     plans: tuple[Plan, ...] = ()
     graph = fused = traced.graph
@@ -286,16 +323,15 @@ def specialize(
     state = {target: traced.state[target] for target in dict.fromkeys(targets)}
     run = finish(compile_graph(graph, tuple(state)), traced, dict(ambient)["grad"])
     overlap = None
-    reads: tuple[tuple[str, Any], ...] = describe_reads(traced.reads)
     if any(traced.writes):
         overlap = partial(shares_written if overlapping else shares_nothing_written, traced.writes)
-        reads = (*reads, ("written memory", "shared by inputs" if overlapping else "of its own for each input"))
+        reads = (*reads, (WRITTEN, "shared by inputs" if overlapping else "of its own for each input"))
     conditions = (*traced.conditions, *plan_conditions(arguments, fused, options, traced.conditions))
     exceptions: set[Any] = set()
     guard = compile_guard(arguments, ambient, traced.reads, list(state.values()), overlap, conditions, exceptions)
     signature = Signature(arguments, ambient, reads, name, conditions)
     seconds = time.perf_counter() - start
-    return Specialization(signature, graph, stages, plans, guard, run, state, module, seconds, exceptions)
+    return Specialization(signature, traced.graph, graph, stages, plans, guard, run, state, module, seconds, exceptions)
 
 
 def finish(function: Callable[..., Any], traced: Trace, grad: bool) -> Callable[..., Any]:

@@ -10,17 +10,15 @@ guessed.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import nn
 
 from . import ambient as ambient_module
 from .errors import UntraceableError
 from .fakes import data_dependent_errors, quiet
-from .graph import NUMBER, type_of
 from .recorder import Recorder, Trace
 from .signature import Arguments
 from .symbols import NotGenericError, Symbols
@@ -45,21 +43,15 @@ def trace(
             file and line.
         NotGenericError: it can, but not for all values of the symbols among the arguments.
     """
-    symbols = arguments.symbols
-    if not symbols:
-        return _trace(function, arguments, is_leaf)
-    exact = _trace(function, arguments.exact(), is_leaf)
+    symbols = Symbols(arguments.symbols) if arguments.symbols else None
     try:
-        found = _trace(function, arguments, is_leaf, Symbols(symbols))
+        return _trace(function, arguments, is_leaf, symbols)
     except NotGenericError:
         raise
     except UntraceableError as error:
+        if symbols is None:
+            raise
         raise NotGenericError(str(error)) from error
-    difference = _difference(exact.graph, found.graph, symbols)
-    if difference is not None:
-        # What user code did with a symbolic number was not what it does with a plain one.
-        raise NotGenericError(f"forward does something else for sizes that vary: {difference}")
-    return found
 
 
 def _trace(
@@ -119,48 +111,3 @@ def _reason(error: Exception) -> str:
     if isinstance(error, data_dependent_errors()):
         return f"forward depends on the values of a tensor ({error})"
     return f"forward raised {name} while it ran on fake tensors: {str(error).splitlines()[0] if str(error) else ''}"
-
-
-def _difference(exact: fx.Graph, generic: fx.Graph, symbols: Mapping[str, int | float]) -> str | None:
-    """How two records of one call differ, numbers apart that the generic one computes; ``None`` where they agree."""
-    scope = {"math": math, **symbols}
-    ours = [node for node in exact.nodes if node.op != "placeholder"]
-    theirs = [node for node in generic.nodes if node.op != "placeholder" and NUMBER not in node.meta]
-    if len(ours) != len(theirs):
-        return f"{len(theirs)} calls instead of {len(ours)}"
-    inputs = [node for node in exact.nodes if node.op == "placeholder"]
-    partner = dict(
-        zip(inputs, [node for node in generic.nodes if node.op == "placeholder" and type_of(node)], strict=True)
-    )
-
-    def same(mine: Any, other: Any) -> bool:
-        if isinstance(other, fx.Node) and not isinstance(mine, fx.Node):
-            text = other.meta.get(NUMBER)
-            return text is not None and bool(eval(text, scope) == mine)
-        if isinstance(mine, fx.Node):
-            return partner.get(mine) is other
-        if type(mine) is not type(other):
-            return False
-        if isinstance(mine, (tuple, list)):
-            return len(mine) == len(other) and all(map(same, mine, other))
-        if isinstance(mine, dict):
-            return list(mine) == list(other) and all(map(same, mine.values(), other.values()))
-        if isinstance(mine, slice):
-            return all(map(same, (mine.start, mine.stop, mine.step), (other.start, other.stop, other.step)))
-        return bool(mine == other or (mine != mine and other != other))
-
-    for mine, other in zip(ours, theirs, strict=True):
-        partner[mine] = other
-        known, found = type_of(mine), type_of(other)
-        if mine.op != other.op or mine.target != other.target or not same(tuple(mine.args), tuple(other.args)):
-            return f"{other.format_node()} instead of {mine.format_node()}"
-        if not same(dict(mine.kwargs), dict(other.kwargs)):
-            return f"{other.format_node()} instead of {mine.format_node()}"
-        if (known is None) != (found is None):
-            return f"{found} instead of {known} at {mine.format_node()}"
-        if known is not None and found is not None:
-            if known.dtype != found.dtype or known.shape != tuple(map(int, found.shape)):
-                return f"{found} instead of {known} at {mine.format_node()}"
-            if known.is_contiguous and not found.is_contiguous:
-                return f"{found} instead of {known} at {mine.format_node()}"
-    return None

@@ -40,6 +40,7 @@ RANKS = {
     "recorder": 5,
     "passes": 5,
     "tracing": 6,
+    "witness": 4,
     "specialize": 7,
     "verify": 8,
     "cache": 8,
