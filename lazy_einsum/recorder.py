@@ -450,10 +450,11 @@ class Recorder(TorchFunctionMode):
         return result
 
     def _query(self, func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The answer to a question about a tensor with symbolic sizes."""
-        of_input = any(argument is tensor for argument in args for tensor in self._inputs)
-        if self._guessed_layout and name in LAYOUT_QUERIES and not of_input:
-            raise NotGenericError(f"forward asks for {name} behind an einsum whose layout depends on sizes")
+        """The answer to a question about a tensor, where sizes are symbolic."""
+        if self._guessed_layout and name in LAYOUT_QUERIES:
+            known = [tensor for tensor in _tensors(args) if is_fake(tensor)]
+            if not all(any(tensor is own for own in self._inputs) for tensor in known):
+                raise NotGenericError(f"forward asks for {name} behind an einsum whose layout depends on sizes")
         return seen(func(*args, **kwargs))
 
     def _shortcut(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor | None:
