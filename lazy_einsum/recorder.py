@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import gc
-import math
 import operator
 import os
 import sys
 import types
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,9 +19,19 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from . import ambient as ambient_module
-from .calls import HIDDEN_WRITES, LAID_OUT, OPERATORS, QUERIES, REFLECTED, REFUSED, call_name
+from .calls import HIDDEN_WRITES, OPERATORS, QUERIES, REFLECTED, REFUSED, call_name
 from .errors import UntraceableError
-from .fakes import empty_like, fake_mode, grad_fn_of, is_fake, is_held, make_fake, with_tensors
+from .fakes import (
+    EagerStrides,
+    empty_meta,
+    fake_mode,
+    grad_fn_of,
+    is_fake,
+    is_held,
+    make_fake,
+    with_eager_strides,
+    with_tensors,
+)
 from .graph import EVERYTHING, Facts, facts, stamp
 from .live import LiveCall
 from .shadow import Shadows
@@ -41,9 +50,6 @@ from .surroundings import read_by_function
 
 _HERE = os.path.dirname(os.path.abspath(__file__))
 _TORCH = os.path.dirname(os.path.abspath(torch.__file__))
-
-MAX_EXACT = 100_000
-"""Bound on the elements that any step of an einsum may have for its result's strides to be found on real memory."""
 
 MAX_NODES = 50_000
 """A ``forward`` that calls more functions than this is not traced."""
@@ -134,7 +140,7 @@ class _Net(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 self.written.extend(_tensors(args[number]))
         if torch.Tag.nondeterministic_seeded in func.tags:
             self.random = True
-        return func(*args, **(kwargs or {}))
+        return with_eager_strides(func, args, kwargs or {}, func(*args, **(kwargs or {})))
 
 
 def _tensors(value: Any) -> Iterator[torch.Tensor]:
@@ -393,8 +399,6 @@ class Recorder(TorchFunctionMode):
         result = self._shortcut(func, args, kwargs)
         if result is None:
             result = func(*args, **kwargs)
-            if name in LAID_OUT and not self._net.written:
-                result = self._with_real_strides(func, args, kwargs, result)
         if self._net.random and not self._random_state.same_torch():
             raise self.fail("torch's random generator is seeded inside of forward")
         written = self._written()
@@ -418,12 +422,9 @@ class Recorder(TorchFunctionMode):
         operands = list(_tensors(args))
         if len(operands) < 2 or not all(is_fake(operand) for operand in operands):
             return None
-        # On meta tensors dimensions of size 1 now and then get other strides than on real ones (6 of 20,000 random
-        # einsums with such); where the work is small it is done on real memory, whose content does not matter.
-        exact = any(1 in operand.shape for operand in operands)
-        exact = exact and math.prod(max(operand.numel(), 1) for operand in operands) <= MAX_EXACT
-        empty = {id(operand): empty_like(operand, operand.device if exact else "meta") for operand in operands}
-        with ambient_module.no_modes(), torch.no_grad():
+        empty = {id(operand): empty_meta(operand) for operand in operands}
+        layouts = EagerStrides() if any(1 in operand.shape for operand in operands) else nullcontext()  # type: ignore[no-untyped-call]
+        with ambient_module.no_modes(), torch.no_grad(), layouts:
             example = torch.einsum(*with_tensors(args, empty))
             requires_grad = self._grad and any(operand.requires_grad for operand in operands)
             known = TensorType.of(example)
@@ -431,20 +432,6 @@ class Recorder(TorchFunctionMode):
         # Not connected to its operands in autograd's graph, which only differentiation inside of forward could tell;
         # that asks for a trace with connections.
         return make_fake(known)
-
-    def _with_real_strides(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> Any:
-        """``result`` with the strides that eager gives to it: where a size is 1, found by working on real memory."""
-        operands = list(_tensors((args, kwargs)))
-        small = isinstance(result, torch.Tensor) and 0 < result.numel() <= MAX_EXACT
-        ambiguous = small and any(1 in operand.shape for operand in operands)
-        if not ambiguous or self._connected or not self._movable or not all(map(is_fake, operands)):
-            return result
-        if max(operand.numel() for operand in operands) > MAX_EXACT:
-            return result
-        empty = {id(operand): empty_like(operand, operand.device) for operand in operands}
-        with ambient_module.no_modes(), torch.no_grad():
-            stride = func(*with_tensors(args, empty), **with_tensors(kwargs, empty)).stride()
-        return result if stride == result.stride() else make_fake(replace(TensorType.of(result), stride=stride))
 
     def _check_modes(self) -> None:
         if ambient_module.inner_state() != self._ambient:
