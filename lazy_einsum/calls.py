@@ -33,13 +33,6 @@ REFUSED = frozenset(
     _make_wrapper_subclass to_sparse manual_seed set_state
     """.split()
 )
-# Eager lays results of these out by the strides of dimensions of size 1 too; fakes do not.
-LAID_OUT = frozenset(
-    """
-    add sub rsub mul div true_divide subtract multiply divide __add__ __sub__ __mul__ __truediv__ __radd__ __rsub__
-    __rmul__ __rtruediv__ __rdiv__ matmul mm bmm mv __matmul__ __rmatmul__ tensordot where maximum minimum
-    """.split()
-)
 # Operations that write arguments which their schemas do not show as written: positions of the arguments.
 HIDDEN_WRITES = {
     "aten::native_batch_norm": (3, 4),

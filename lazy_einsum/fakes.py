@@ -13,9 +13,11 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from . import ambient as ambient_module
 from .errors import UntraceableError
+from .layout import elementwise_strides
 from .signature import TensorType, contiguous_strides
 
 
@@ -121,16 +123,77 @@ def multilinear(known: TensorType, operands: Sequence[torch.Tensor]) -> torch.Te
     return result
 
 
-def empty_like(
-    fake: torch.Tensor, device: torch.device | str, number: Callable[[Any], Any] = lambda size: size
-) -> torch.Tensor:
-    """A tensor of the same shape, strides and dtype. On ``"meta"`` an operation is ten times as fast as on fakes.
+def empty_meta(fake: torch.Tensor, number: Callable[[Any], Any] = lambda size: size) -> torch.Tensor:
+    """A meta tensor of the same shape, strides and dtype: operations on it are ten times as fast as on fakes.
     ``number`` gives what stands for a symbolic size.
     """
     shape, stride = tuple(map(number, fake.shape)), tuple(map(number, fake.stride()))
     with ambient_module.no_modes():
-        empty = torch.empty_strided(shape, stride, dtype=fake.dtype, device=device)
+        empty = torch.empty_strided(shape, stride, dtype=fake.dtype, device="meta")
         return empty.conj() if fake.is_conj() else empty
+
+
+class EagerStrides(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Gives results of operations on tensors without data the strides that eager gives them."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return with_eager_strides(func, args, kwargs or {}, func(*args, **(kwargs or {})))
+
+
+def with_eager_strides(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> Any:
+    """``result`` of the operation ``func`` on tensors without data, with the strides that eager gives it.
+
+    Torch computes these results in Python, by rules of its own: they ignore the strides of dimensions of size 1 (which
+    decide how later results lie), and for rarer functions of operands that lie in different orders they are wrong
+    altogether. Elementwise kernels follow one rule, in ``layout``. Views of fakes are laid out as those of meta
+    tensors, which torch computes in C++.
+    """
+    if not isinstance(result, torch.Tensor) or result.layout is not torch.strided:
+        return result
+    if _is_iterated(func):
+        stride = elementwise_strides(tuple(result.shape), list(_operands(func, args, kwargs)))
+        return result if stride == result.stride() else result.new_empty_strided(result.shape, stride)
+    if func.is_view and 1 in result.shape and is_fake(result) and func is not torch.ops.aten.as_strided.default:
+        tensors = {id(arg): empty_meta(arg) for arg in args if isinstance(arg, torch.Tensor)}
+        with ambient_module.no_modes():
+            stride = func(*with_tensors(args, tensors), **kwargs).stride()
+        if stride != result.stride():
+            return torch.as_strided(result, result.shape, stride, result.storage_offset())
+    return result
+
+
+def _is_iterated(func: Any) -> bool:
+    """Whether an operation makes its result by one elementwise kernel: torch tags it so, and it is not composed of
+    others (as ``clone`` and ``masked_fill`` are) unless that is for taking a number as its second operand. Torch's
+    tables of kernels are not public; the alternative is a list of some 200 names.
+    """
+    found = _ITERATED.get(func)
+    if found is None:
+        arguments = func._schema.arguments
+        tensors = [argument for argument in arguments if "Tensor" in str(argument.type)]
+        is_kernel = torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CPU")
+        found = (
+            torch.Tag.pointwise in func.tags
+            and (is_kernel or (func._overloadname == "Scalar" and len(tensors) == 1))
+            and all(argument.alias_info is None for argument in arguments)
+        )
+        _ITERATED[func] = found
+    return found
+
+
+_ITERATED: dict[Any, bool] = {}
+
+
+def _operands(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[tuple[tuple[int, ...], Any]]:
+    """Shape and strides of the operands of an elementwise operation."""
+    for number, argument in enumerate(func._schema.arguments):
+        value = args[number] if number < len(args) else kwargs.get(argument.name)
+        if isinstance(value, torch.Tensor):
+            yield tuple(value.shape), value.stride()
+        elif isinstance(value, (int, float, complex)) and (
+            "Tensor" in str(argument.type) or func._overloadname == "Scalar"
+        ):
+            yield (), ()
 
 
 def with_tensors(args: Any, tensors: dict[int, torch.Tensor]) -> Any:

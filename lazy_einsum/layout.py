@@ -158,7 +158,7 @@ def elementwise_strides(
 
     Args:
         shape: shape of the result.
-        operands: shape and strides of each operand, in the order of the call.
+        operands: shape and strides of each operand, in the order of the call; a number among them is one of shape ().
 
     >>> elementwise_strides((2, 3), [((2, 3), (1, 2)), ((2, 3), (3, 1))])
     (1, 2)
@@ -166,6 +166,9 @@ def elementwise_strides(
     if all(op_shape == shape for op_shape, _ in operands):
         if all(is_contiguous(*operand) for operand in operands):
             return contiguous_strides(shape)
+        if len(shape) == 4 and all(_is_channels_last(*operand) for operand in operands):
+            _, c, h, w = shape
+            return (h * w * c, 1, w * c, c)
         first = operands[0][1]
         if all(op_strides == first for _, op_strides in operands) and _is_dense(shape, first):
             return first
@@ -198,12 +201,19 @@ def elementwise_strides(
                 here = before
             elif result < 0:
                 break
+    if order == list(range(rank - 1, -1, -1)):
+        return contiguous_strides(shape)
     strides = [0] * rank
     step = 1
     for dim in order:
         strides[dim] = step
         step *= shape[dim]
     return tuple(strides)
+
+
+def _is_channels_last(shape: Sequence[int], strides: Sequence[int]) -> bool:
+    order = (0, 2, 3, 1)
+    return is_contiguous([shape[dim] for dim in order], [strides[dim] for dim in order])
 
 
 def _is_dense(shape: Sequence[int], strides: Sequence[int]) -> bool:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import itertools
-import math
 import operator
 import types
 import weakref
@@ -22,7 +21,6 @@ from . import ambient as ambient_module
 from .calls import (
     ARITHMETIC,
     HIDDEN_WRITES,
-    LAID_OUT,
     LAYOUT_QUERIES,
     OPERATORS,
     QUERIES,
@@ -31,7 +29,18 @@ from .calls import (
     call_name,
 )
 from .errors import UntraceableError
-from .fakes import empty_like, fake_mode, grad_fn_of, is_fake, is_held, make_fake, multilinear, with_tensors
+from .fakes import (
+    EagerStrides,
+    empty_meta,
+    fake_mode,
+    grad_fn_of,
+    is_fake,
+    is_held,
+    make_fake,
+    multilinear,
+    with_eager_strides,
+    with_tensors,
+)
 from .graph import EVERYTHING, NUMBER, Facts, Numbers, facts, read_einsum, stamp, type_of
 from .live import LiveCall
 from .shadow import Shadows
@@ -52,9 +61,6 @@ from .state import Path, Reads, path_name
 from .surroundings import read_by_function
 from .symbols import NotGenericError, Symbols, is_symbol, plain, seen
 from .where import user_line
-
-MAX_EXACT = 100_000
-"""Bound on the elements that any step of an einsum may have for its result's strides to be found on real memory."""
 
 MAX_NODES = 50_000
 """A ``forward`` that calls more functions than this is not traced."""
@@ -130,7 +136,9 @@ class _Net(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 self.written.extend(_tensors(args[number]))
         if torch.Tag.nondeterministic_seeded in func.tags:
             self.random = True
-        return func(*args, **(kwargs or {}))
+        result = func(*args, **(kwargs or {}))
+        # Of symbolic sizes the rule would ask which is larger.
+        return result if self.recorder.is_generic else with_eager_strides(func, args, kwargs or {}, result)
 
 
 def _tensors(value: Any) -> Iterator[torch.Tensor]:
@@ -162,6 +170,7 @@ class Recorder(TorchFunctionMode):
         self.graph = fx.Graph()
         self._numbers = Numbers(self.graph)
         self._symbols = symbols
+        self.is_generic = symbols is not None
         self._guessed_layout = False
         self.failure: UntraceableError | None = None
         self.shadows = Shadows(self._fake_state, self._live_call, is_leaf)
@@ -433,8 +442,6 @@ class Recorder(TorchFunctionMode):
         result = self._shortcut(func, args, kwargs)
         if result is None:
             result = func(*args, **kwargs)
-            if name in LAID_OUT and not self._net.written and self._symbols is None:
-                result = self._with_real_strides(func, args, kwargs, result)
         if self._net.random and not self._random_state.same_torch():
             raise self.fail("torch's random generator is seeded inside of forward")
         written = self._written()
@@ -468,12 +475,9 @@ class Recorder(TorchFunctionMode):
             return None
         if self._symbols is not None:
             return self._generic_einsum(args, operands)
-        # On meta tensors dimensions of size 1 now and then get other strides than on real ones (6 of 20,000 random
-        # einsums with such); where the work is small it is done on real memory, whose content does not matter.
-        exact = any(1 in operand.shape for operand in operands)
-        exact = exact and math.prod(max(operand.numel(), 1) for operand in operands) <= MAX_EXACT
-        empty = {id(operand): empty_like(operand, operand.device if exact else "meta") for operand in operands}
-        with ambient_module.no_modes(), torch.no_grad():
+        empty = {id(operand): empty_meta(operand) for operand in operands}
+        layouts = EagerStrides() if any(1 in operand.shape for operand in operands) else nullcontext()  # type: ignore[no-untyped-call]
+        with ambient_module.no_modes(), torch.no_grad(), layouts:
             known = TensorType.of(torch.einsum(*with_tensors(args, empty)))
         return multilinear(replace(known, device=operands[0].device), operands)
 
@@ -495,7 +499,7 @@ class Recorder(TorchFunctionMode):
                     sizes[label] = size
                 elif not (type(size) is int and size == 1) and size != known:  # which becomes a condition
                     return None  # torch raises its own error
-        examples = [empty_like(operand, "meta", self._symbols.example) for operand in operands]
+        examples = [empty_meta(operand, self._symbols.example) for operand in operands]
         with ambient_module.no_modes(), torch.no_grad():
             example = torch.einsum(str(spec.canonical()), *examples)
         shape = [sizes[label] for label in spec.output]
@@ -513,20 +517,6 @@ class Recorder(TorchFunctionMode):
         stride = tuple(dense[order.index(dim)] for dim in range(len(shape)))
         known_type = replace(known_type, shape=tuple(shape), stride=stride, device=operands[0].device)
         return multilinear(known_type, operands)
-
-    def _with_real_strides(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> Any:
-        """``result`` with the strides that eager gives to it: where a size is 1, found by working on real memory."""
-        operands = list(_tensors((args, kwargs)))
-        small = isinstance(result, torch.Tensor) and 0 < result.numel() <= MAX_EXACT
-        ambiguous = small and any(1 in operand.shape for operand in operands)
-        if not ambiguous or not self._movable or not all(map(is_fake, operands)):
-            return result
-        if max(operand.numel() for operand in operands) > MAX_EXACT:
-            return result
-        empty = {id(operand): empty_like(operand, operand.device) for operand in operands}
-        with ambient_module.no_modes(), torch.no_grad():
-            stride = func(*with_tensors(args, empty), **with_tensors(kwargs, empty)).stride()
-        return result if stride == result.stride() else result.as_strided(result.shape, stride)
 
     def _check_modes(self) -> None:
         if ambient_module.inner_state() != self._ambient:

@@ -7,6 +7,7 @@ longer there fails its test: it has to follow the code.
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -225,12 +226,49 @@ def plant(mutant: Mutant, folder: Path) -> Path:
     return folder
 
 
-def hunt(mutant: Mutant, folder: Path, count: int = 2000) -> subprocess.CompletedProcess[str]:
-    """Run random programs against the planted fault in a process of its own, until one fails or ``count`` passed."""
-    source = plant(mutant, folder)
-    command = [sys.executable, str(ROOT / "tests" / "fuzzer.py"), "--profile", mutant.profile, "--count", str(count)]
+@dataclass(frozen=True)
+class Hunt:
+    """What random programs say of a planted fault.
+
+    Attributes:
+        found: number of the program (from 1) that goes wrong with the fault and right without; None if there is none.
+        failure: what that program did.
+        wrong_without: seeds of programs that go wrong without the fault too, so that they show nothing.
+    """
+
+    found: int | None
+    failure: str
+    wrong_without: tuple[int, ...]
+
+
+def run_programs(source: Path, profile: str, first: int, count: int) -> tuple[int | None, str]:
+    """Run random programs on the package in ``source``, in a process of its own; the first seed that fails, and how."""
+    command = [sys.executable, str(ROOT / "tests" / "fuzzer.py"), "--profile", profile]
+    command += ["--seed", str(first), "--count", str(count), "--stop", "1", "--whole"]
     environment = {**os.environ, "PYTHONPATH": str(source), "OMP_NUM_THREADS": "1"}
-    return subprocess.run([*command, "--stop", "1"], capture_output=True, text=True, env=environment, cwd=folder)
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=source)
+    failure = re.search(r"^--- program (\d+): (.*)", done.stdout, flags=re.MULTILINE)
+    if failure is not None:
+        return int(failure[1]), failure[2]
+    if done.returncode:
+        raise RuntimeError(f"the programs from {first} on did not run:\n{done.stdout[-500:]}{done.stderr[-2000:]}")
+    return None, ""
+
+
+def hunt(mutant: Mutant, folder: Path, count: int = 2000) -> Hunt:
+    """Run at most ``count`` random programs on a planted fault, until one goes wrong that the real code does right."""
+    source = plant(mutant, folder)
+    wrong_without: list[int] = []
+    seed = 0
+    while seed < count:
+        failed, failure = run_programs(source, mutant.profile, seed, count - seed)
+        if failed is None:
+            break
+        if run_programs(ROOT, mutant.profile, failed, 1)[0] is None:
+            return Hunt(failed + 1, failure, tuple(wrong_without))
+        wrong_without.append(failed)
+        seed = failed + 1
+    return Hunt(None, "", tuple(wrong_without))
 
 
 def main() -> None:
@@ -242,9 +280,9 @@ def main() -> None:
             continue
         with tempfile.TemporaryDirectory() as folder:
             done = hunt(mutant, Path(folder))
-        last = done.stdout.strip().splitlines()[-1] if done.stdout.strip() else done.stderr[-500:]
-        first = next((line for line in done.stdout.splitlines() if line.startswith("--- ")), "")
-        print(f"{mutant.name:75} {last}  {first[:110]}", flush=True)
+        print(f"{done.found!s:>5}  {mutant.profile:10}  {mutant.name:75}  {done.failure[:110]}", flush=True)
+        if done.wrong_without:
+            print(f"       wrong without the fault too: programs {done.wrong_without}", flush=True)
 
 
 if __name__ == "__main__":
