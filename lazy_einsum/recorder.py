@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from . import ambient as ambient_module
 from .calls import HIDDEN_WRITES, LAID_OUT, OPERATORS, QUERIES, REFLECTED, REFUSED, call_name
+from .decompose import SETTINGS
 from .errors import UntraceableError
 from .fakes import empty_like, fake_mode, grad_fn_of, is_fake, is_held, make_fake, with_tensors
 from .graph import EVERYTHING, Facts, facts, stamp
@@ -390,6 +391,8 @@ class Recorder(TorchFunctionMode):
         self._net.random = False
         if func is torch.autograd.grad and not self._connected:
             raise NeedsConnection
+        if func is torch.functional.einsum and len(list(_tensors(args))) > 2:
+            self.shadows.read_outer((setting, ()) for setting in SETTINGS)
         result = self._shortcut(func, args, kwargs)
         if result is None:
             result = func(*args, **kwargs)

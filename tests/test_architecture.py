@@ -24,6 +24,7 @@ RANKS = {
     "ambient": 2,
     "layout": 2,
     "surroundings": 2,
+    "decompose": 4,
     "program": 3,
     "kernels": 4,
     "graph": 3,
