@@ -264,6 +264,34 @@ def erase_if_unused(nodes: Iterable[fx.Node]) -> None:
             node.graph.erase_node(node)
 
 
+# The dtypes in which a product of any operands has that dtype. (Narrower integers are summed into int64 by some calls
+# of torch.einsum and not by others.)
+_CLOSED_DTYPES = frozenset(
+    {
+        torch.float64,
+        torch.float32,
+        torch.float16,
+        torch.bfloat16,
+        torch.complex64,
+        torch.complex128,
+        torch.complex32,
+        torch.int64,
+    }
+)
+
+
+def is_order_free(node: fx.Node, operands: Iterable[fx.Node], writers: Writers) -> bool:
+    """Whether the einsum ``node`` means the same in any order of contraction: dtypes, errors and what autograd keeps.
+
+    It does not with operands of mixed or narrow integer dtypes, under autocast, and where autograd follows it and an
+    operand is written later. Operands of unknown type are taken to be of one floating point dtype.
+    """
+    known = facts(node)
+    dtypes = {entering.dtype for operand in operands if (entering := type_of(operand))}
+    movable = known is None or known.movable
+    return movable and len(dtypes) <= 1 and dtypes <= _CLOSED_DTYPES and not writers.hold(node)
+
+
 def is_einsum(node: Any) -> bool:
     """Whether ``node`` is a call of ``torch.einsum``."""
     return isinstance(node, fx.Node) and node.op == "call_function" and node.target in EINSUM_TARGETS

@@ -28,6 +28,7 @@ from .calls import (
     REFUSED,
     call_name,
 )
+from .decompose import SETTINGS
 from .errors import UntraceableError
 from .fakes import (
     EagerStrides,
@@ -41,7 +42,19 @@ from .fakes import (
     with_eager_strides,
     with_tensors,
 )
-from .graph import EVERYTHING, NUMBER, Facts, Numbers, facts, read_einsum, stamp, type_of
+from .graph import (
+    EVERYTHING,
+    NUMBER,
+    Facts,
+    Numbers,
+    Writers,
+    facts,
+    is_einsum,
+    is_order_free,
+    read_einsum,
+    stamp,
+    type_of,
+)
 from .live import LiveCall
 from .shadow import Shadows
 from .signature import (
@@ -252,6 +265,8 @@ class Recorder(TorchFunctionMode):
         side_effect = self.shadows.side_effect()
         if side_effect is not None:
             raise UntraceableError(side_effect)
+        if self._depends_on_order():
+            self.shadows.read_outer((setting, ()) for setting in SETTINGS)
         build = self._output(result)
         written = {number for node in self.graph.nodes if (known := facts(node)) for number in known.writes}
         writes = tuple(self._is_written(fake, written) for fake in [*self._inputs, *self._state_fakes()])
@@ -274,6 +289,15 @@ class Recorder(TorchFunctionMode):
             compound.update((f"{length.text} >= 2", None) for length in shape if is_symbolic(length))
         # Symbols are at least 2 by definition, and so are their products; passes rely on it for sums and quotients too.
         return (*self._symbols.conditions(), *(text for text in compound if "(" in text))
+
+    def _depends_on_order(self) -> bool:
+        """Whether the meaning of an einsum depends on the order in which torch contracts its operands."""
+        writers = Writers(self.graph)
+        for node in self.graph.nodes:
+            found = read_einsum(node) if is_einsum(node) else None
+            if found is not None and len(found[1]) > 2 and not is_order_free(node, found[1], writers):
+                return True
+        return False
 
     def _state_fakes(self) -> list[torch.Tensor]:
         """The fakes of what was read of the module (and not by a live call), in the order of reading."""

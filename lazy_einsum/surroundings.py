@@ -74,10 +74,10 @@ class Cell:
 
 
 @dataclass(frozen=True, slots=True)
-class ClassAttribute:
-    """The attribute ``name`` of a class, as its instances find it."""
+class Attribute:
+    """The attribute ``name`` of a class, as its instances find it, or of a Python module."""
 
-    owner: type
+    owner: type | types.ModuleType
     name: str
 
     def get(self) -> Any:
@@ -88,7 +88,7 @@ class ClassAttribute:
         return f"{self.owner.__name__}.{self.name}"
 
 
-Outer = GlobalName | Cell | ClassAttribute
+Outer = GlobalName | Cell | Attribute
 Steps = tuple[tuple[Literal["attribute", "item"], Any], ...]
 
 
@@ -109,7 +109,7 @@ def read_by_class(kind: type) -> Iterator[tuple[Outer, Steps]]:
                 if base.__module__.partition(".")[0] not in ("torch", "builtins", "lazy_einsum") and _is_plain(
                     vars(base)[name]
                 ):
-                    yield ClassAttribute(kind, name), ()
+                    yield Attribute(kind, name), ()
                 break
 
 

@@ -29,6 +29,7 @@ RANKS = {
     "layout": 2,
     "surroundings": 2,
     "generic": 2,
+    "decompose": 4,
     "program": 3,
     "kernels": 4,
     "graph": 3,

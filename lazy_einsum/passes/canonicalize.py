@@ -9,7 +9,7 @@ import torch
 from torch import fx
 
 from ..errors import EquationError
-from ..graph import EINSUM_TARGETS, MAX_LABELS, Writers, copy_graph, facts, given, read_einsum, type_of
+from ..graph import EINSUM_TARGETS, MAX_LABELS, Writers, copy_graph, facts, given, is_order_free, read_einsum, type_of
 from ..spec import EinsumSpec, symbol
 
 _Read = tuple[EinsumSpec, tuple[fx.Node, ...]]
@@ -29,8 +29,9 @@ def canonicalize() -> Callable[[fx.Graph], fx.Graph]:
         einsum_1 = torch.einsum("ab,bcd->acd", einsum, z)
 
     A call is left as it is where it can't be read (unknown ranks, unknown keyword arguments), where its equation is
-    malformed (running it raises as it did), where its operands differ in dtype, where
-    a dtype has no rule of its own, under autocast, and where autograd follows it and an operand is written later.
+    malformed (running it raises as it did), where its operands differ in dtype, where a dtype has no rule of its own,
+    under autocast, and where autograd follows it and an operand is written later; of three operands or more also where
+    they are narrow integers (the letters may decide in which order ``torch.einsum`` contracts them).
 
     Requires: facts, for anything that depends on a rank.
     Ensures: text with explicit output, letters in order of appearance, no spaces, no ``...``, operands as separate
@@ -44,7 +45,7 @@ def canonicalize() -> Callable[[fx.Graph], fx.Graph]:
             rule = _RULES.get(node.target) if node.op in ("call_function", "call_method") else None
             found = rule(node) if rule and _may_change(node) and not writers.hold(node) else None
             if found is not None:
-                _rewrite(node, *found)
+                _rewrite(node, *found, writers)
         return new
 
     return run
@@ -55,10 +56,12 @@ def _may_change(node: fx.Node) -> bool:
     return known is None or known.movable
 
 
-def _rewrite(node: fx.Node, spec: EinsumSpec, operands: Sequence[fx.Node]) -> None:
+def _rewrite(node: fx.Node, spec: EinsumSpec, operands: Sequence[fx.Node], writers: Writers) -> None:
     """Make ``node`` the einsum ``spec`` of ``operands``, in place, so that its users, name and facts stay."""
     types = [type_of(operand) for operand in operands]
     if spec.n_labels > MAX_LABELS or len({known.dtype for known in types if known}) > 1:
+        return
+    if len(operands) > 2 and not is_order_free(node, operands, writers):
         return
     spec = spec.canonical()
     node.op, node.target = "call_function", torch.einsum

@@ -4,28 +4,27 @@ from __future__ import annotations
 
 import itertools
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 
-import torch
 from torch import fx
 
-from ..graph import Writers, copy_graph, facts, fresh_storage, is_einsum, read_einsum, type_of, write_einsum
-from ..plan import make_plan
-
-# The dtypes in which an einsum has one dtype in any order of contraction (see fuse_einsums for the narrow integers).
-_DTYPES = frozenset(
-    {
-        torch.float64,
-        torch.float32,
-        torch.float16,
-        torch.bfloat16,
-        torch.complex64,
-        torch.complex128,
-        torch.complex32,
-        torch.int64,
-    }
+from ..decompose import VIEWS, eager_calls
+from ..graph import (
+    Writers,
+    copy_graph,
+    facts,
+    fresh_storage,
+    is_einsum,
+    is_order_free,
+    read_einsum,
+    stamp,
+    type_of,
+    write_einsum,
 )
-
+from ..plan import Plan, make_plan
+from ..program import Value
+from ..signature import TensorType
 
 PLAN = "lazy_einsum_plan"
 """Under this name the last step of a planned einsum has the whole plan in its ``meta``."""
@@ -48,10 +47,13 @@ def choose_paths(
         einsum_1 = torch.einsum("ab,bc->ac", x, y)
         einsum = torch.einsum("ab,bc->ac", einsum_1, z)
 
+    Where the result depends on the order (see ``is_order_free``), the calls are those that ``torch.einsum`` itself
+    would make.
+
     Requires: facts; an einsum with an operand of unknown shape stays as it is, with a ``RuntimeWarning`` that names it.
-    Ensures: no einsum of more than two operands, but for those of mixed or narrow integer dtypes those under autocast,
-    and those that autograd follows while an operand is written later; the last step of each keeps the name and the
-    facts of the whole.
+    The settings of ``torch.backends.opt_einsum`` are in the key where an einsum had three operands from the start.
+    Ensures: no einsum of more than two operands, except in generic code where the result depends on the order; the last
+    step of each keeps the name and the facts of the whole.
 
     Args:
         optimize: see ``make_plan``.
@@ -74,41 +76,55 @@ def choose_paths(
                     _warn(node)
                 continue
             spec, operands = found
+            if len(operands) < 3:
+                continue
             types = [entering for operand in operands if (entering := type_of(operand))]
             if len(types) != len(operands):
                 _warn(node)
-                continue
-            known = facts(node)
-            dtypes = {operand.dtype for operand in types}
-            if (
-                len(operands) < 3
-                or len(dtypes) > 1
-                or not dtypes <= _DTYPES
-                or (known and not known.movable)
-                or writers.hold(node)
-            ):
-                continue
-            limit = element_limit if memory_limit is None else memory_limit // types[0].dtype.itemsize
-            plan = make_plan(spec, [operand.shape for operand in types], optimize, limit, generic)
-            node.meta[PLAN] = plan
-            values = list(operands)
-            for step in plan.steps[:-1]:
-                with new.inserting_before(node):
-                    values.append(
-                        write_einsum(
-                            new,
-                            step.spec,
-                            [values[number] for number in step.operands],
-                            like=node,
-                            storage=next(storages),
-                        )
-                    )
-            last = plan.steps[-1]
-            node.args = (str(last.spec.canonical()), *(values[number] for number in last.operands))
-            node.kwargs = {}
+            elif is_order_free(node, operands, writers):
+                limit = element_limit if memory_limit is None else memory_limit // types[0].dtype.itemsize
+                plan = make_plan(spec, [operand.shape for operand in types], optimize, limit, generic)
+                node.meta[PLAN] = plan
+                _follow_plan(node, plan, operands, storages)
+            elif not generic:
+                _follow_eager(node, operands, types, storages)
         return new
 
     return run
+
+
+def _follow_plan(node: fx.Node, plan: Plan, operands: Sequence[fx.Node], storages: Iterator[int]) -> None:
+    values = list(operands)
+    for step in plan.steps[:-1]:
+        with node.graph.inserting_before(node):
+            taken = [values[number] for number in step.operands]
+            values.append(write_einsum(node.graph, step.spec, taken, like=node, storage=next(storages)))
+    last = plan.steps[-1]
+    node.args = (str(last.spec.canonical()), *(values[number] for number in last.operands))
+    node.kwargs = {}
+
+
+def _follow_eager(
+    node: fx.Node, operands: Sequence[fx.Node], types: Sequence[TensorType], storages: Iterator[int]
+) -> None:
+    known, equation = facts(node), node.args[0]
+    calls = eager_calls(equation, types) if known and isinstance(equation, str) else None
+    if known is None or calls is None:
+        return
+    # No types: nothing is to be changed about these calls, or moved.
+    inside = replace(known, type=None, movable=False, writes=())
+    values = list(operands)
+    for call in calls[:-1]:
+        args = tuple(values[arg.number] if isinstance(arg, Value) else arg for arg in call.args)
+        source = facts(args[0]) if call.target in VIEWS else None
+        with node.graph.inserting_before(node):
+            value = node.graph.call_method(call.target, args, dict(call.kwargs))
+        values.append(stamp(value, replace(inside, storage=source.storage if source else next(storages))))
+    last = calls[-1]
+    node.op, node.target = "call_method", last.target
+    node.args = tuple(values[arg.number] if isinstance(arg, Value) else arg for arg in last.args)
+    node.kwargs = dict(last.kwargs)
+    stamp(node, replace(known, movable=False))
 
 
 def _warn(node: fx.Node) -> None:
