@@ -264,9 +264,7 @@ def erase_if_unused(nodes: Iterable[fx.Node]) -> None:
             node.graph.erase_node(node)
 
 
-# The dtypes in which a product of any operands has that dtype. (Narrower integers are summed into int64 by some calls
-# of torch.einsum and not by others.)
-_CLOSED_DTYPES = frozenset(
+CLOSED_DTYPES = frozenset(
     {
         torch.float64,
         torch.float32,
@@ -278,6 +276,9 @@ _CLOSED_DTYPES = frozenset(
         torch.int64,
     }
 )
+"""The dtypes in which a product of any operands has that dtype. (Narrower integers are summed into int64 by some calls
+of torch.einsum and not by others.)
+"""
 
 
 def is_order_free(node: fx.Node, operands: Iterable[fx.Node], writers: Writers) -> bool:
@@ -289,7 +290,7 @@ def is_order_free(node: fx.Node, operands: Iterable[fx.Node], writers: Writers) 
     known = facts(node)
     dtypes = {entering.dtype for operand in operands if (entering := type_of(operand))}
     movable = known is None or known.movable
-    return movable and len(dtypes) <= 1 and dtypes <= _CLOSED_DTYPES and not writers.hold(node)
+    return movable and len(dtypes) <= 1 and dtypes <= CLOSED_DTYPES and not writers.hold(node)
 
 
 def is_einsum(node: Any) -> bool:

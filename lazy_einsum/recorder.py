@@ -43,6 +43,7 @@ from .fakes import (
     with_tensors,
 )
 from .graph import (
+    CLOSED_DTYPES,
     EVERYTHING,
     NUMBER,
     Facts,
@@ -515,6 +516,9 @@ class Recorder(TorchFunctionMode):
         if found is None:
             return None
         spec, _ = found
+        dtypes = {operand.dtype for operand in operands}
+        if len(operands) > 2 and not (len(dtypes) == 1 and dtypes <= CLOSED_DTYPES):
+            raise NotGenericError("the dtype of an einsum depends on its order, and that on sizes")
         sizes: dict[str, Any] = {}
         for term, operand in zip(spec.inputs, operands, strict=True):
             for label, size in zip(term, operand.shape, strict=True):

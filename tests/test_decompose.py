@@ -179,3 +179,22 @@ def test_order_decides_the_dtype() -> None:
                     dtype = None
                 seen.add((row.equation, dtype))
     assert len(seen) > len({equation for equation, _ in seen})
+
+
+def test_sizes_that_vary() -> None:
+    """The order that torch takes depends on sizes: nothing of it may get into code that is generic in them."""
+
+    def plain(x: Tensor, y: Tensor, z: Tensor) -> Tensor:
+        return torch.einsum("ij,ik,jk->i", x, y, z)
+
+    def written(x: Tensor, y: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
+        x = x * 1
+        result = torch.einsum("ij,ik,jk->i", x, y, z)
+        return result, x.add_(1)
+
+    for function, dtype in ((plain, torch.int8), (written, torch.float64)):
+        wrapped = OptimizedModule(function, on_untraceable="raise")
+        for size in range(2, 9):
+            inputs = make_operands(((size, 3), (size, 4), (3, 4)), dtype)
+            inputs = [x.requires_grad_(dtype.is_floating_point) for x in inputs]
+            assert differences(observe(wrapped, tuple(inputs)), observe(function, tuple(inputs))) == []

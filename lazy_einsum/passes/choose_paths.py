@@ -25,6 +25,7 @@ from ..graph import (
 from ..plan import Plan, make_plan
 from ..program import Value
 from ..signature import TensorType
+from ..sizes import is_symbolic
 
 PLAN = "lazy_einsum_plan"
 """Under this name the last step of a planned einsum has the whole plan in its ``meta``."""
@@ -86,7 +87,7 @@ def choose_paths(
                 plan = make_plan(spec, [operand.shape for operand in types], optimize, limit, generic)
                 node.meta[PLAN] = plan
                 _follow_plan(node, plan, operands, storages)
-            elif not generic:
+            elif not generic and not any(is_symbolic(size) for operand in types for size in operand.shape):
                 _follow_eager(node, operands, types, storages)
         return new
 
