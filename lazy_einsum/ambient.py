@@ -119,7 +119,14 @@ def inner_state() -> tuple[object, ...]:
         torch.get_default_dtype(),
         saved_tensor_hooks(),
         in_functorch(),
+        torch.autograd.forward_ad._current_level,  # what dual_level() opens; there is no public query
+        keeps_parametrized(),
     )
+
+
+def keeps_parametrized() -> bool:
+    """Whether ``torch.nn.utils.parametrize.cached()`` is active, which keeps tensors. (No public query exists.)"""
+    return bool(torch.nn.utils.parametrize._cache_enabled)
 
 
 def no_modes() -> AbstractContextManager[Any]:
@@ -129,6 +136,12 @@ def no_modes() -> AbstractContextManager[Any]:
     from torch.utils._python_dispatch import _disable_current_modes
 
     return _disable_current_modes()
+
+
+def no_function_modes() -> AbstractContextManager[Any]:
+    """A context in which no ``TorchFunctionMode`` is active. (There is no public way.)"""
+    disabled: AbstractContextManager[Any] = torch._C.DisableTorchFunction()
+    return disabled
 
 
 class RandomState:

@@ -42,6 +42,8 @@ HIDDEN_WRITES = {
     "aten::batch_norm": (3, 4),
     "aten::instance_norm": (3, 4),
 }
+# These take a dtype from the type of the numbers that they are given.
+INFERRING = frozenset({"tensor", "as_tensor", "asarray", "from_numpy", "scalar_tensor"})
 _NAMES = """
     add sub mul truediv floordiv mod pow matmul neg pos invert abs and or xor lshift rshift lt le eq ne gt ge getitem
     setitem iadd isub imul itruediv ifloordiv imod ipow imatmul iand ior ixor ilshift irshift

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -13,12 +13,17 @@ from . import ambient as ambient_module
 from .fakes import fake_mode
 from .program import Call, Value
 from .signature import TensorType
-from .surroundings import Attribute
+from .surroundings import USERS, Attribute, Reading
 
-SETTINGS = (Attribute(torch.backends.opt_einsum, "enabled"), Attribute(torch.backends.opt_einsum, "strategy"))
-"""What ``torch.einsum`` asks for the order in which it contracts three operands or more. Whoever records or decomposes
-such a call has to have these in its key.
-"""
+
+def settings() -> Iterator[Reading]:
+    """What ``torch.einsum`` asks for the order in which it contracts three operands or more. Whoever records or
+    decomposes such a call has to have these in its key.
+    """
+    for name in ("enabled", "strategy"):
+        variable = Attribute(torch.backends.opt_einsum, name)
+        yield Reading(variable, (), variable.get(), USERS, frozenset(), variable)
+
 
 # Operations by name, and the methods that do the same. A reshape looks like a view here, or like a copy and a view; it
 # is left to decide once more when it runs, on real strides.

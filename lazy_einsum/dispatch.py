@@ -19,7 +19,7 @@ from . import ambient as ambient_module
 from .cache import Cache, Family, Kind
 from .errors import CacheThrashWarning, FallbackWarning, UntraceableError
 from .generic import comparable, generalize, numbers_that_vary, places_of, values_of
-from .live import LiveCallChanged, is_compiled, plain_call
+from .live import LiveCallChanged, has_own_call, is_compiled, plain_call
 from .passes import Options
 from .recorder import Trace
 from .signature import Arguments, ForeignTraceError, Signature
@@ -80,7 +80,10 @@ class Dispatcher:
             values = last.guard(child, args, kwargs)
             if values is not None:
                 return self._run(last, values, child, args, kwargs)
-        shapes = (self.name, *[value.shape if isinstance(value, torch.Tensor) else None for value in args])
+        try:
+            shapes = (self.name, *[value.shape if isinstance(value, torch.Tensor) else None for value in args])
+        except RuntimeError:  # a nested tensor
+            shapes = None
         recent = self.cache.recent.get(shapes)
         if recent is not None:
             values = recent.guard(child, args, kwargs)
@@ -99,7 +102,7 @@ class Dispatcher:
 
     def eager(self, child: Any) -> Callable[..., Any]:
         """What runs ``child`` as it is."""
-        if isinstance(child, nn.Module) and not is_compiled(child):
+        if isinstance(child, nn.Module) and not is_compiled(child) and not has_own_call(child):
             return plain_call(child)
         return child  # type: ignore[no-any-return]
 
@@ -373,9 +376,10 @@ class Dispatcher:
             return result
         reason = str(error)
         with self.cache.lock:
-            if kind is not None:
-                self.cache.refuse(kind, getattr(child, "training", None), reason)
             new = reason not in self.cache.reasons
+            if kind is not None:
+                final = isinstance(error, LiveCallChanged)  # which was found out in the middle of a call
+                new = self.cache.refuse(kind, getattr(child, "training", None), final) and new
             self.cache.reasons[reason] = None
         if new:
             logger.info("%s runs as it is: %s", type(child).__name__, reason)
@@ -404,8 +408,8 @@ class Dispatcher:
         reason = None
         if ambient_module.global_module_hooks():
             reason = "global module hooks are registered, which fire for each submodule"
-        elif "forward" in child.__dict__:
-            reason = "the module has hooks, and a forward of its own instance"
+        elif "forward" in child.__dict__ or has_own_call(child):
+            reason = "the module has hooks, and a forward of its own instance or a __call__ of its own class"
         if reason is not None:
             return self.fall_back(child, self.eager(child), args, kwargs, UntraceableError(reason), None)
         if self._stand_in is None or self._stand_in.__base__ is not type(child):

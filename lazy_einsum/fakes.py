@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import logging
+import sys
+import threading
 import types
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -19,6 +22,7 @@ from . import ambient as ambient_module
 from .errors import UntraceableError
 from .layout import elementwise_strides
 from .signature import TensorType, contiguous_strides
+from .where import is_users
 
 
 @contextmanager
@@ -57,9 +61,7 @@ def data_dependent_errors() -> tuple[type[Exception], ...]:
 
 def is_fake(value: torch.Tensor) -> bool:
     """Whether ``value`` has no data."""
-    from torch._subclasses.fake_tensor import FakeTensor
-
-    return isinstance(value, FakeTensor)
+    return isinstance(value, _fake_class())
 
 
 def make_fake(known: TensorType, number: Callable[[Any], Any] = lambda size: size) -> torch.Tensor:
@@ -86,6 +88,60 @@ def make_fake(known: TensorType, number: Callable[[Any], Any] = lambda size: siz
         if result.stride() != fake.stride():
             result = result.as_strided(shape, stride) if known.numel <= result.numel() else result
         return result
+
+
+_asked = threading.local()
+
+
+@contextmanager
+def asked_through(
+    read: Callable[[torch.Tensor, str], Any], write: Callable[[torch.Tensor, str], Exception]
+) -> Iterator[None]:
+    """In this thread, until the end of the context, answer user code that looks up attributes which a disguised fake
+    does not have (``weight.is_special``) through ``read``, which may raise ``AttributeError``; and raise what ``write``
+    gives where it sets one.
+    """
+    before = getattr(_asked, "answers", None)
+    _asked.answers = read, write
+    try:
+        yield
+    finally:
+        _asked.answers = before
+
+
+def disguise(fake: torch.Tensor) -> None:
+    """Let ``fake`` say that it is a ``Tensor``, or ``Parameter``, by class; and be asked as ``asked_through`` says."""
+    if type(fake) is _fake_class():
+        fake.__class__ = _disguised_class()
+
+
+@functools.cache
+def _fake_class() -> type:
+    from torch._subclasses.fake_tensor import FakeTensor
+
+    return FakeTensor
+
+
+@functools.cache
+def _disguised_class() -> Any:
+    fake_class: Any = _fake_class()
+
+    class Disguised(fake_class):  # type: ignore[misc]
+        def __getattr__(self, name: str) -> Any:
+            answers = getattr(_asked, "answers", None)
+            if answers is not None and not name.startswith("__") and is_users(sys._getframe(1)):
+                return answers[0](self, name)
+            raise AttributeError(f"'Tensor' object has no attribute {name!r}")
+
+        def __setattr__(self, name: str, value: Any) -> None:
+            answers = getattr(_asked, "answers", None)
+            if answers is not None and not hasattr(fake_class, name) and is_users(sys._getframe(1)):
+                raise answers[1](self, name)
+            super().__setattr__(name, value)
+
+        __class__ = property(lambda self: nn.Parameter if "_is_param" in self.__dict__ else torch.Tensor)
+
+    return Disguised
 
 
 class _Multilinear(torch.autograd.Function):
@@ -203,6 +259,33 @@ def with_tensors(args: Any, tensors: dict[int, torch.Tensor]) -> Any:
     if isinstance(args, dict):
         return {key: with_tensors(item, tensors) for key, item in args.items()}
     return type(args)(with_tensors(item, tensors) for item in args) if isinstance(args, (list, tuple)) else args
+
+
+def drop_from_caches(values: Sequence[object]) -> None:
+    """Remove tensors, which nobody can use, from dictionaries and lists where user code put them to find them again."""
+    ours: list[Any] = [values]
+
+    def drop(item: object, depth: int) -> None:
+        if len(ours) > _MAX_SEARCHES:  # each goes through all objects of the process
+            return
+        holders = gc.get_referrers(item)
+        ours.append(holders)
+        for holder in tuple(holders):
+            if holder is ours or any(holder is own for own in ours):
+                continue
+            if isinstance(holder, list):
+                holder[:] = [other for other in holder if other is not item]
+            elif isinstance(holder, dict):
+                for key in [key for key, other in holder.items() if other is item]:
+                    del holder[key]
+            elif isinstance(holder, tuple) and depth:
+                drop(holder, depth - 1)
+
+    for value in values:
+        drop(value, 2)
+
+
+_MAX_SEARCHES = 32
 
 
 def is_held(reference: weakref.ref[torch.Tensor]) -> bool:

@@ -7,7 +7,8 @@ from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from .signature import Arguments, Constant, Leaf, Symbol, TensorType, contiguous_strides
+from .data import Constant
+from .signature import Arguments, Leaf, Symbol, TensorType, contiguous_strides
 from .sizes import SymbolicSize
 
 MAX_SYMBOLS = 4

@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from .data import flatten
 from .errors import UntraceableError
-from .signature import TensorType, flatten
+from .signature import TensorType
 
 
 class LiveCall:
@@ -82,6 +83,11 @@ class PartCall:
 def is_compiled(module: nn.Module) -> bool:
     """Whether the user called ``module.compile()``."""
     return module._compiled_call_impl is not None and not isinstance(module._compiled_call_impl, PartCall)
+
+
+def has_own_call(module: nn.Module) -> bool:
+    """Whether the class of ``module`` has a ``__call__`` of its own."""
+    return type(module).__call__ is not nn.Module.__call__
 
 
 def plain_call(module: nn.Module) -> Callable[..., Any]:

@@ -14,7 +14,7 @@ from . import ambient as ambient_module
 from .cache import Cache, Kind
 from .dispatch import Dispatcher, Settings
 from .errors import UntraceableError
-from .live import PartCall, is_compiled, plain_call
+from .live import PartCall, has_own_call, is_compiled, plain_call
 from .specialize import Specialization
 from .verify import Verifier
 
@@ -82,7 +82,8 @@ class WholeDispatcher(Dispatcher):
             origin = type(module).__module__
             plain = origin.startswith("torch.nn.modules.") and not module._modules
             other = isinstance(module, torch.jit.ScriptModule) or origin.startswith(("torch._dynamo.", "lazy_einsum."))
-            if name and not (plain or other or is_compiled(module) or self.settings.is_leaf(module, name)):
+            other = other or is_compiled(module) or has_own_call(module)
+            if name and not (plain or other or self.settings.is_leaf(module, name)):
                 yield name, module
 
     def _part(self, name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], Any]:
@@ -152,7 +153,7 @@ class PartDispatcher(Dispatcher):
             with self.cache.lock:
                 self.cache.parts[self.name] = str(error)
                 if kind is not None:
-                    self.cache.refuse(kind, child.training, str(error))
+                    self.cache.refuse(kind, child.training)
         return eager(*args, **kwargs)
 
 

@@ -21,6 +21,7 @@ from . import ambient as ambient_module
 from .calls import (
     ARITHMETIC,
     HIDDEN_WRITES,
+    INFERRING,
     LAYOUT_QUERIES,
     OPERATORS,
     QUERIES,
@@ -28,10 +29,14 @@ from .calls import (
     REFUSED,
     call_name,
 )
-from .decompose import SETTINGS
+from .data import Constant, Structure, containers_in, flatten, is_array, is_constant, unflatten
+from .decompose import settings
 from .errors import UntraceableError
 from .fakes import (
     EagerStrides,
+    asked_through,
+    disguise,
+    drop_from_caches,
     empty_meta,
     fake_mode,
     grad_fn_of,
@@ -56,20 +61,10 @@ from .graph import (
     stamp,
     type_of,
 )
-from .live import LiveCall
+from .impure import Watch
+from .live import LiveCall, has_own_call
 from .shadow import Shadows
-from .signature import (
-    Alias,
-    Arguments,
-    Constant,
-    Structure,
-    Symbol,
-    TensorType,
-    contiguous_strides,
-    flatten,
-    is_constant,
-    unflatten,
-)
+from .signature import Alias, Arguments, Symbol, TensorType, contiguous_strides
 from .sizes import is_symbolic
 from .state import Path, Reads, path_name
 from .surroundings import read_by_function
@@ -165,6 +160,17 @@ def _tensors(value: Any) -> Iterator[torch.Tensor]:
         yield from _tensors(list(value.values()))
 
 
+def _numbers(value: Any) -> Iterator[Any]:
+    """What is no tensor and no container in nested arguments."""
+    if isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _numbers(item)
+    elif isinstance(value, dict):
+        yield from _numbers(list(value.values()))
+    elif not isinstance(value, torch.Tensor):
+        yield value
+
+
 class Recorder(TorchFunctionMode):
     """Records one run of one function.
 
@@ -189,11 +195,13 @@ class Recorder(TorchFunctionMode):
         self.failure: UntraceableError | None = None
         self.shadows = Shadows(self._fake_state, self._live_call, is_leaf)
         self._net = _Net(self)
+        self._watch = Watch(self.fail, self.shadows.is_shadow)
         self._known: dict[int, _Known] = {}
         self._storages: dict[int, tuple[int, Any]] = {}
         self._weak: list[weakref.ref[torch.Tensor]] = []
         self._inputs: list[torch.Tensor] = []
         self._state: dict[str, Path] = {}
+        self._live_of: dict[int, torch.Tensor] = {}
         self._state_of: dict[int, tuple[torch.Tensor, TensorType, Path]] = {}
         self._modules: dict[str, fx.Node] = {}
         self._suspended = 0
@@ -209,6 +217,8 @@ class Recorder(TorchFunctionMode):
 
     def run(self, function: Any, arguments: Arguments) -> Any:
         """Run ``function`` on fakes of ``arguments`` under all three layers; its result."""
+        if ambient_module.keeps_parametrized():
+            raise UntraceableError("torch.nn.utils.parametrize.cached() is active")
         fakes: list[Any] = []
         with self._fake_mode:
             for number, leaf in enumerate(arguments.leaves):
@@ -231,12 +241,13 @@ class Recorder(TorchFunctionMode):
         with self._fake_mode:
             # The fakes of parameters are made on the way, below the net.
             if isinstance(function, nn.Module):
-                callee: Callable[..., Any] = self.shadows.module(function, ()).forward
+                shadow = self.shadows.module(function, ())
+                callee: Callable[..., Any] = shadow if has_own_call(function) else shadow.forward
             else:
                 callee = function
                 if isinstance(function, types.FunctionType):
-                    self.shadows.read_outer(read_by_function(function))
-            with self._net, self:
+                    self.shadows.outside.read(read_by_function(function))
+            with self._net, self, self._watch, asked_through(self._read_attribute, self._set_attribute):
                 result = callee(*args, **kwargs)
         self._check_containers(arguments.structure, (args, kwargs), fakes, result)
         return result
@@ -255,9 +266,9 @@ class Recorder(TorchFunctionMode):
         """The user's own lists and dictionaries must be as they were; ``forward`` ran on copies of them."""
         leaves: list[Any] = []
         if flatten(given, leaves) != structure or any(a is not b for a, b in zip(leaves, fakes, strict=True)):
-            raise UntraceableError("forward changes a list or dictionary among its arguments")
-        if not _containers(given).isdisjoint(_containers(result)):
-            raise UntraceableError("forward returns a list or dictionary that it was given")
+            raise UntraceableError("forward changes a list, dictionary or object among its arguments")
+        if not set(map(id, containers_in(given))).isdisjoint(map(id, containers_in(result))):
+            raise UntraceableError("forward returns a list, dictionary or object that it was given")
 
     def finish(self, result: Any) -> Trace:
         """Write the graph's output, make the last checks."""
@@ -267,7 +278,7 @@ class Recorder(TorchFunctionMode):
         if side_effect is not None:
             raise UntraceableError(side_effect)
         if self._depends_on_order():
-            self.shadows.read_outer((setting, ()) for setting in SETTINGS)
+            self.shadows.outside.read(settings())
         build = self._output(result)
         written = {number for node in self.graph.nodes if (known := facts(node)) for number in known.writes}
         writes = tuple(self._is_written(fake, written) for fake in [*self._inputs, *self._state_fakes()])
@@ -309,22 +320,28 @@ class Recorder(TorchFunctionMode):
         inside = known is not None and (found := facts(known.node)) is not None and found.storage in written
         return inside or EVERYTHING in written
 
-    def forget(self) -> bool:
-        """Drop all fakes; whether none survives. One that does was put by user code where later calls may find it
-        (a cache, a global list).
-        """
+    def forget(self) -> None:
+        """Drop all fakes."""
         self._known.clear()
         self._inputs.clear()
         self._state_of.clear()
+        self._live_of.clear()
         self._storages.clear()
         self._net.written.clear()
         self.shadows.forget()
+
+    def are_gone(self) -> bool:
+        """Whether no fake is left. One that is was put by user code where later calls may find it (a cache, a global
+        list); it is taken away from there.
+        """
         if all(reference() is None for reference in self._weak):
             return True
         gc.collect()  # a cycle in user code may hold one until now; only paid in that case
         # x.mul_(x) ties a tensor to itself inside of autograd, where Python's collector does not see it; no code can
         # reach such a one.
-        return not any(is_held(reference) for reference in self._weak)
+        held = [reference() for reference in self._weak if is_held(reference)]
+        drop_from_caches(held)
+        return not held
 
     # -- fakes and nodes
 
@@ -353,6 +370,7 @@ class Recorder(TorchFunctionMode):
     def _track(
         self, tensor: torch.Tensor, node: fx.Node, known: TensorType | None = None, written: tuple[int, ...] = ()
     ) -> None:
+        disguise(tensor)
         self._known[id(tensor)] = _Known(tensor, node, grad_fn_of(tensor))
         self._weak.append(weakref.ref(tensor))
         stamp(node, self._facts(tensor, known, written))
@@ -360,6 +378,8 @@ class Recorder(TorchFunctionMode):
     def _fake_state(self, live: torch.Tensor, known: TensorType, path: Path) -> torch.Tensor:
         with self.paused():
             fake = make_fake(known)
+        disguise(fake)
+        self._live_of[id(fake)] = live
         self._state_of[id(fake)] = (fake, known, path)
         return fake
 
@@ -376,17 +396,31 @@ class Recorder(TorchFunctionMode):
             return found.node
         if id(tensor) in self._state_of:
             fake, known, path = self._state_of[id(tensor)]
-            node = self._read_node(path_name(path), path)
+            node = self._read_node(self._target(path), path)
             self._track(fake, node, known)
             return node
         if not is_fake(tensor):
-            raise self.fail(
-                "forward uses a tensor that is neither an argument nor reached from the module (a global, a closure, "
-                "a class attribute)"
-            )
+            return self._node(self._stand_in(tensor))
         raise self.fail(
             "forward uses a tensor made outside of recorded calls (a custom autograd.Function, torch.func, ...)"
         )
+
+    def _read_attribute(self, tensor: torch.Tensor, name: str) -> Any:
+        """An attribute that the user gave to a tensor."""
+        known = self._state_of.get(id(tensor))
+        if known is None:
+            raise self.fail(f"forward asks a tensor for {name}, which is no attribute of all tensors")
+        return self.shadows.attribute(self._live_of[id(tensor)], known[2], name)
+
+    def _set_attribute(self, tensor: torch.Tensor, name: str) -> UntraceableError:
+        return self.fail(f"forward gives a tensor the attribute {name}")
+
+    def _target(self, path: Path) -> str:
+        """The name of what lies at ``path``, in code."""
+        target = f"outer.{_identifier(path_name(path))}" if path[0][0] == "outer" else path_name(path)
+        while self._state.get(target, path) != path:
+            target += "_"
+        return target
 
     def _read_node(self, target: str, path: Path) -> fx.Node:
         """A ``get_attr`` node, among the first of the graph: state is read when the specialized code is called."""
@@ -427,6 +461,8 @@ class Recorder(TorchFunctionMode):
             return value
         if isinstance(value, range):
             return list(value)
+        if is_constant(value) and hasattr(value, "item"):  # a scalar of NumPy's
+            return value.item()
         raise self.fail(f"a torch function is given a {kind.__module__}.{kind.__qualname__}")
 
     # -- recording
@@ -434,14 +470,36 @@ class Recorder(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         self._net.open += 1
+        self._watch.pause()
         try:
             if self._symbols is not None:
                 args, kwargs = plain(args), plain(kwargs)
+            if not all(map(is_fake, _tensors((args, kwargs)))):
+                args, kwargs = self._with_stand_ins(args), self._with_stand_ins(kwargs)
             if self._suspended:
                 return func(*args, **kwargs)
             return self._record(func, args, kwargs)
         finally:
             self._net.open -= 1
+            self._watch.resume()
+
+    def _with_stand_ins(self, value: Any) -> Any:
+        """Nested arguments with fakes in the places of the user's own tensors."""
+        if isinstance(value, torch.Tensor):
+            return value if is_fake(value) else self._stand_in(value)
+        if isinstance(value, dict):
+            return {key: self._with_stand_ins(item) for key, item in value.items()}
+        return type(value)(map(self._with_stand_ins, value)) if type(value) in (list, tuple) else value
+
+    def _stand_in(self, tensor: torch.Tensor) -> torch.Tensor:
+        fake = self.shadows.outer_tensor(tensor)
+        if fake is None:
+            self._check_modes()
+            raise self.fail(
+                "forward uses a tensor that is neither an argument nor reached from the module, nor lies in a variable "
+                "that its code names"
+            )
+        return fake
 
     def _record(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         name = call_name(func)
@@ -461,6 +519,8 @@ class Recorder(TorchFunctionMode):
         self._check_modes()
         if len(self.graph.nodes) > MAX_NODES:
             raise self.fail(f"forward calls more than {MAX_NODES} torch functions")
+        if name in INFERRING and any(is_array(item) or hasattr(item, "dtype") for item in _numbers([args, kwargs])):
+            raise self.fail(f"{name} is given numbers of NumPy's, and takes their dtype; make them a buffer")
         taken = self._argument(list(args)), self._argument(dict(kwargs))
         self._net.written.clear()
         self._net.random = False
@@ -646,12 +706,12 @@ class Recorder(TorchFunctionMode):
         def record(inner: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             taken = self._argument(list(args)), self._argument(dict(kwargs))
             # Side effects of a live call are the live module's business; those of this run are undone.
-            self.shadows.restore_outer()
+            self.shadows.outside.restore()
             result = inner.forward(*args, **kwargs)
-            self.shadows.restore_outer(report=False)
+            self.shadows.outside.restore(report=False)
             found: list[Any] = []
             flatten(result, found)
-            target = path_name(path)
+            target = self._target(path)
             if not all(isinstance(value, torch.Tensor) or is_constant(value) for value in found):
                 raise self.fail(
                     f"{target} stays a live call because {reason}, and gives more than tensors and plain data"
@@ -672,25 +732,31 @@ class Recorder(TorchFunctionMode):
         """Run operations that are nobody's record: unseen by the recorder, let through by the net."""
         self._suspended += 1
         self._net.open += 1
+        self._watch.pause()
         try:
             yield
         finally:
             self._suspended -= 1
             self._net.open -= 1
+            self._watch.resume()
 
     # -- output
 
     def _output(self, result: Any) -> Callable[[Sequence[Any]], Any] | None:
         leaves: list[Any] = []
         structure = flatten(result, leaves)
-        if self._returns_own_container(result):
-            raise UntraceableError("forward returns a list or dictionary that belongs to the module")
-        restore: Callable[[Sequence[Any]], Any] | None = None
-        if not all(isinstance(leaf, torch.Tensor) or is_constant(leaf) or is_symbol(leaf) for leaf in leaves):
-            structure, leaves, restore = _registered(result)
+        if any(map(self.shadows.owns, containers_in(result))):
+            raise UntraceableError("forward returns a list, dictionary or object that belongs to the module")
+        for leaf in leaves:
+            if not (isinstance(leaf, torch.Tensor) or is_constant(leaf) or is_symbol(leaf)):
+                kind = type(leaf)
+                raise UntraceableError(
+                    f"forward returns a {kind.__module__}.{kind.__qualname__}; expected tensors, plain data, tuples, "
+                    "lists and dicts of them, dataclasses, and classes that torch.utils._pytree knows"
+                )
         nodes = [self._argument(leaf) if isinstance(leaf, torch.Tensor) or is_symbol(leaf) else leaf for leaf in leaves]
         simple = all(isinstance(node, fx.Node) or type(node) in (int, bool, str, type(None)) for node in nodes)
-        if restore is None and simple and _only_basic(structure):
+        if simple and _only_basic(structure):
             output = self.graph.output(unflatten(structure, nodes))
             stamp(output, Facts())
             return None
@@ -703,15 +769,9 @@ class Recorder(TorchFunctionMode):
             filled = list(constants)
             for number, value in zip(numbers, values, strict=True):
                 filled[number] = value
-            return restore(filled) if restore is not None else unflatten(structure, filled)
+            return unflatten(structure, filled)
 
         return build
-
-    def _returns_own_container(self, result: Any) -> bool:
-        if isinstance(result, (list, dict)) and self.shadows.owns(result):
-            return True
-        items = result.values() if isinstance(result, dict) else result if isinstance(result, (list, tuple)) else ()
-        return any(self._returns_own_container(item) for item in items)
 
     def _erase_unused_reads(self) -> None:
         """Items of a result that nothing uses were recorded only to have a name."""
@@ -730,28 +790,6 @@ def _only_basic(structure: Structure | int) -> bool:
         and all(type(key) in (str, int) for key in structure.keys or ())
         and all(_only_basic(child) for child in structure.children)
     )
-
-
-def _containers(value: Any) -> set[int]:
-    """The ids of the lists and dictionaries in nested containers."""
-    found = {id(value)} if isinstance(value, (list, dict)) else set()
-    items = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
-    return found.union(*map(_containers, items))
-
-
-def _registered(result: Any) -> tuple[int, list[Any], Callable[[Sequence[Any]], Any]]:
-    """Leaves and rebuilding of a result in classes that torch's pytree knows (Hugging Face's ``ModelOutput``)."""
-    from torch.utils import _pytree
-
-    leaves, spec = _pytree.tree_flatten(result)
-    for leaf in leaves:
-        if not (isinstance(leaf, torch.Tensor) or is_constant(leaf) or is_symbol(leaf)):
-            kind = type(leaf)
-            raise UntraceableError(
-                f"forward returns a {kind.__module__}.{kind.__qualname__}, a class that torch.utils._pytree does not "
-                "know"
-            )
-    return 0, leaves, lambda values: _pytree.tree_unflatten(list(values), spec)
 
 
 def _identifier(target: str) -> str:

@@ -10,24 +10,39 @@ fails on locks, generators and lazy modules, copies a trainer's whole state, and
 
 from __future__ import annotations
 
-import contextlib
-import copy
 import functools
-import inspect
 import types
 import weakref
-from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator
+from collections import OrderedDict, defaultdict, deque
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import nn
 
+from . import ambient as ambient_module
+from .data import Constant, array_constant, is_array, is_constant, is_namedtuple
 from .errors import UntraceableError
 from .live import is_compiled
-from .signature import Constant, TensorType, is_constant, is_namedtuple
-from .state import Absent, Container, Found, ModuleClass, Names, NoHooks, Path, Reference, SameAs, path_name
-from .surroundings import Cell, GlobalName, Outer, Steps, read_by_class, read_by_function
+from .objects import attributes_of, may_stand_in, where_lies
+from .objects import stand_in as make_stand_in
+from .outside import Outside
+from .signature import TensorType
+from .state import (
+    Absent,
+    Container,
+    Elements,
+    Found,
+    ModuleClass,
+    Names,
+    NoHooks,
+    Path,
+    Reference,
+    SameAs,
+    Without,
+    path_name,
+)
+from .surroundings import CACHED, Attribute, class_names, function_of, read_by_class, read_by_function
 
 MAX_ITEMS = 10_000
 """A container with more items than this is not read: checking it at every call would cost more than it can save."""
@@ -37,7 +52,6 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 
 _REFERENCES = (
     types.FunctionType,
-    types.BuiltinFunctionType,
     types.ModuleType,
     type,
     torch._ops.OpOverload,
@@ -69,10 +83,11 @@ class Shadows:
         self._originals: list[
             tuple[Any, Any, Path]
         ] = []  # (stand-in, what it held when it was made, path), to find side effects
-        self._outer: dict[Outer, Any] = {}
-        self._classes: set[type] = set()
-        self._changed: str | None = None
+        self.outside = Outside(self.note)
+        self._classes: dict[type, frozenset[str]] = {}
         self._live: list[Path] = []
+        self._shadows: dict[int, nn.Module] = {}
+        self._refused: str | None = None
 
     def note(self, path: Path, found: Found, question: str = "") -> None:
         """Record that ``found`` was read at ``path``."""
@@ -100,13 +115,16 @@ class Shadows:
         if not isinstance(shadow, nn.Module) or not hasattr(live, "_modules"):
             raise UntraceableError(f"{name} ({kind.__name__}) can't be stood in for: it is no initialized nn.Module")
         self._seen[id(live)] = (live, shadow, path)
+        self._shadows[id(shadow)] = shadow
         self.note(path, ModuleClass(kind))
         reason = self._why_live(live, path)
         if reason is not None:
             self._live.append(path)
         if kind not in self._classes and not self.is_live(path):
-            self._classes.add(kind)
-            self.read_outer(read_by_class(kind))
+            self._classes[kind] = class_names(kind)
+            self.outside.read(read_by_class(kind))
+        if not self.is_live(path):
+            self.note(path, Without(self._classes[kind].difference(live.__dict__)), " of its own")
         own = shadow.__dict__
         for key in _INTERNAL:
             if key in live.__dict__:
@@ -120,17 +138,17 @@ class Shadows:
             if key not in _INTERNAL and key != "_compiled_call_impl" and hasattr(kind, key):
                 # A class attribute of this name would be found before __getattr__ is asked: so it has to lie in the
                 # instance, read or not.
-                own[key] = self.lift(value, (*path, ("attribute", key)))
+                own[key] = self._lift_unread(value, (*path, ("attribute", key)))
+        for key in self._classes.get(kind, ()):
+            if key not in live.__dict__ and isinstance(value := getattr(kind, key, None), nn.Module):
+                own[key] = self.lift(value, (("outer", Attribute(kind, key)),))
         if reason is not None:
             own["_compiled_call_impl"] = self._live_call(live, shadow, path, reason)
         if self.is_live(path):
             # Free to do as it likes: its attributes lie in the instance, where they may be set.
             for key, value in live.__dict__.items():
                 if key not in _INTERNAL and key not in own and key != "_compiled_call_impl":
-                    try:
-                        own[key] = self.lift(value, (*path, ("attribute", key)))
-                    except UntraceableError:
-                        own[key] = value
+                    own[key] = self._lift_unread(value, (*path, ("attribute", key)))
         if reason is None:
             for key in _HOOKS:
                 own[key] = _Hooks(self, live, path, key)
@@ -166,67 +184,75 @@ class Shadows:
             _, stand_in, first = self._seen[id(value)]
             self.note(path, SameAs(first))
             return stand_in
+        kind = type(value)
         if isinstance(value, torch.Tensor):
             stand_in = self._tensor(value, path)
-        elif isinstance(value, types.MethodType) and isinstance(value.__self__, nn.Module):
-            raise UntraceableError(f"self.{path_name(path)} is a method bound to a module")
-        elif isinstance(value, _REFERENCES):
+        elif kind is types.MethodType:
+            self.note(path, ModuleClass(kind))
+            function = self.lift(value.__func__, (*path, ("member", "__func__")))
+            stand_in = types.MethodType(function, self.lift(value.__self__, (*path, ("member", "__self__"))))
+        elif kind is functools.partial:
+            self.note(path, ModuleClass(kind))
+            function = self.lift(value.func, (*path, ("member", "func")))
+            arguments = self.lift(value.args, (*path, ("member", "args")))
+            stand_in = functools.partial(
+                function, *arguments, **self.lift(value.keywords, (*path, ("member", "keywords")))
+            )
+        elif _is_reference(value):
             self.note(path, Reference(value))
-            if isinstance(value, types.FunctionType):
-                self.read_outer(read_by_function(value))
+            found = function_of(value)
+            if found is not None:
+                self.outside.read(read_by_function(found))
             stand_in = value
-        elif type(value) is weakref.ref:
+        elif kind is weakref.ref:
             # nn.RNN holds its weights so. The stand-in's target lives as long as the shadow.
             self.note(path, ModuleClass(weakref.ref))
             target = self.lift(value(), (*path, ("call", None)))
             stand_in = weakref.ref(target) if target is not None else value
-        elif isinstance(value, functools.partial):
-            raise UntraceableError(f"self.{path_name(path)} is a functools.partial")
+        elif may_stand_in(value):
+            self.note(path, ModuleClass(kind))
+            read = functools.partial(self.attribute, value, path)
+            stand_in = make_stand_in(value, read, functools.partial(self._refuse, path))
         else:
-            return self._container(value, path)
+            stand_in = self._container(value, path)
         self._seen[id(value)] = (value, stand_in, path)
         return stand_in
 
-    def read_outer(self, found: Iterable[tuple[Outer, Steps]]) -> None:
-        """Put what code may read from outside of the module into the key, by value."""
-        for start, steps in found:
-            path: Path = (("outer", start), *steps)
-            value = start.get()
-            if start not in self._outer:
-                self._outer[start] = (value, copy.copy(value) if isinstance(value, (list, dict)) else None)
-            for how, key in steps:
-                value = value[key] if how == "item" else vars(value)[key]
-            with contextlib.suppress(UntraceableError):  # nothing that forward could make a baked-in constant of
-                self.lift(value, path)
+    def _lift_unread(self, value: Any, path: Path) -> Any:
+        """As ``lift``, for what has to be at hand whether it is read or not."""
+        try:
+            return self.lift(value, path)
+        except UntraceableError as error:
+            return value if self.is_live(path) else Unreadable(error)
 
-    def restore_outer(self, report: bool = True) -> str | None:
-        """Undo what ``forward`` did to globals, enclosing variables and class attributes; the name of one that it
-        changed (now or, unless ``report`` was false, at an earlier call), or ``None``.
-        """
-        changed = None
-        for start, (value, before) in self._outer.items():
-            if start.get() is not value:
-                changed = str(start)
-                if isinstance(start, GlobalName):
-                    start.namespace[start.name] = value
-                elif isinstance(start, Cell):
-                    start.cell.cell_contents = value
-                else:
-                    setattr(start.owner, start.name, value)
-            if before is not None and not _same_items(value, before):
-                changed = str(start)
-                value.clear()
-                value.extend(before) if isinstance(value, list) else value.update(before)
-        if report:
-            self._changed = self._changed or changed
-        return self._changed
+    def attribute(self, live: Any, path: Path, name: str) -> Any:
+        """The stand-in for an attribute that ``live``, an object found at ``path``, has of its own."""
+        own = attributes_of(live)
+        if name not in own:
+            if not name.startswith("__"):
+                self.note(path, Without(frozenset({name})), f" without {name}")
+            raise AttributeError(f"{type(live).__name__!r} object has no attribute {name!r}")
+        return self.lift(own[name], (*path, (where_lies(type(live), name), name)))
+
+    def _refuse(self, path: Path, name: str | None) -> UntraceableError:
+        where = f"self.{path_name(path)}"
+        self._refused = self._refused or f"forward {f'sets {where}.{name}' if name else f'copies {where}'}"
+        return UntraceableError(self._refused)
+
+    def outer_tensor(self, tensor: torch.Tensor) -> torch.Tensor | None:
+        """The stand-in for a tensor of the user's own, where it lies outside of the module in a place that is known."""
+        path = self.outside.find(tensor)
+        fake = self.lift(tensor, path) if path is not None else None
+        assert fake is None or isinstance(fake, torch.Tensor)
+        return fake
 
     def _tensor(self, value: torch.Tensor, path: Path) -> torch.Tensor:
         if type(value) not in (torch.Tensor, nn.Parameter):
             raise UntraceableError(f"self.{path_name(path)} is a {type(value).__name__}, a subclass of torch.Tensor")
-        if value.layout is not torch.strided or value.is_quantized:
-            raise UntraceableError(f"self.{path_name(path)} is a tensor of layout {value.layout}")
-        known = TensorType.of(value)
+        with ambient_module.no_function_modes():  # the recorder is no party to this
+            if value.layout is not torch.strided or value.is_quantized or value.is_nested:
+                raise UntraceableError(f"self.{path_name(path)} is a tensor of layout {value.layout}")
+            known = TensorType.of(value)
         self.note(path, known)
         return self._fake(value, known, path)
 
@@ -234,34 +260,40 @@ class Shadows:
         kind = type(value)
         name = f"self.{path_name(path)}"
         stand_in: Any
-        if kind in (list, tuple) or is_namedtuple(value):
+        if kind in (list, tuple, deque) or is_namedtuple(value):
             if len(value) > MAX_ITEMS:
                 raise UntraceableError(f"{name} is a {kind.__name__} of {len(value)} items, more than {MAX_ITEMS}")
             self.note(path, Container(kind, len(value)))
             items = [self.lift(item, (*path, ("item", number))) for number, item in enumerate(value)]
-            stand_in = items if kind is list else tuple(items) if kind is tuple else kind(*items)
+            if kind is deque:
+                stand_in = deque(items, value.maxlen)
+            else:
+                stand_in = items if kind is list else tuple(items) if kind is tuple else kind(*items)
             self._originals.append((stand_in, list(items), path))
-        elif kind in (dict, OrderedDict):
+        elif kind in (dict, OrderedDict, defaultdict):
             if len(value) > MAX_ITEMS or not all(is_constant(key) for key in value):
                 raise UntraceableError(
                     f"{name} is a {kind.__name__} with keys that are not plain data, or more than {MAX_ITEMS}"
                 )
             self.note(path, Container(kind, tuple(value)))
-            stand_in = kind((key, self.lift(item, (*path, ("item", key)))) for key, item in value.items())
+            stand_in = defaultdict(value.default_factory) if kind is defaultdict else kind()
+            stand_in.update((key, self.lift(item, (*path, ("item", key)))) for key, item in value.items())
             self._originals.append((stand_in, dict(stand_in), path))
-        elif _is_plain_object(value):
-            self.note(path, Container(kind, tuple(value.__dict__)))
-            stand_in = object.__new__(kind)
-            stand_in.__dict__.update(
-                (key, self.lift(item, (*path, ("attribute", key)))) for key, item in value.__dict__.items()
-            )
-            self._originals.append((stand_in.__dict__, dict(stand_in.__dict__), path))
+        elif kind is set:
+            if len(value) > MAX_ITEMS or not all(map(is_constant, value)):
+                raise UntraceableError(f"{name} is a set of other than plain data, or of more than {MAX_ITEMS} items")
+            self.note(path, Elements(kind, Constant(frozenset(value))))
+            stand_in = set(value)
+            self._originals.append((stand_in, set(value), path))
+        elif is_array(value) and kind.__module__ == "numpy":
+            self.note(path, Elements(kind, array_constant(value, name)))
+            stand_in = value.copy()
+            stand_in.flags.writeable = False
         else:
             raise UntraceableError(
                 f"forward reads {name}, a {kind.__module__}.{kind.__qualname__}; expected tensors, modules, plain "
-                "data, functions, and lists, tuples and dicts of them"
+                "data, functions, objects made of these, and lists, tuples, sets and dicts of them"
             )
-        self._seen[id(value)] = (value, stand_in, path)
         return stand_in
 
     def is_live(self, path: Path) -> bool:
@@ -272,6 +304,8 @@ class Shadows:
         """What ``forward`` changed in the shadow, in words, or ``None``. What happens inside of live calls is
         theirs.
         """
+        if self._refused is not None:
+            return self._refused
         for stand_in, original, path in self._originals:
             if self.is_live(path):
                 continue
@@ -289,6 +323,9 @@ class Shadows:
                 tables = [value for value in stand_in.values() if isinstance(value, _Table)]
                 if any(table.changed for table in tables):
                     return f"forward sets a parameter, buffer or submodule of {name}"
+            elif isinstance(stand_in, set):
+                if stand_in != original:
+                    return f"forward changes {name}"
             elif len(stand_in) != len(original) or any(a is not b for a, b in zip(stand_in, original, strict=True)):
                 return f"forward changes {name}"
         return None
@@ -296,8 +333,13 @@ class Shadows:
     def forget(self) -> None:
         """Drop all stand-ins; the reads stay."""
         self._seen.clear()
+        self._shadows.clear()
         self._originals.clear()
-        self._outer.clear()
+        self.outside.forget()
+
+    def is_shadow(self, module: nn.Module) -> bool:
+        """Whether ``module`` is a stand-in."""
+        return id(module) in self._shadows
 
     def owns(self, value: object) -> bool:
         """Whether ``value`` is a stand-in for a container or object of the module (and not made by ``forward``)."""
@@ -394,7 +436,7 @@ class _Hooks(OrderedDict[int, Any]):
 
     def __init__(self, shadows: Shadows, live: nn.Module, path: Path, table: str) -> None:
         super().__init__()
-        self._note = functools.partial(shadows.note, path, NoHooks(), " hooks")
+        self._note = functools.partial(shadows.note, path, NoHooks("forward" in live.__dict__), " hooks")
         self._live_table = live.__dict__.get(table, ())
 
     def __len__(self) -> int:
@@ -405,36 +447,27 @@ class _Hooks(OrderedDict[int, Any]):
         raise UntraceableError("forward registers a hook on a module")
 
 
-def _same_items(first: list[Any] | dict[Any, Any], second: list[Any] | dict[Any, Any]) -> bool:
-    """Whether two lists, or dictionaries, hold the very same objects."""
-    if isinstance(first, dict) and isinstance(second, dict):
-        return list(first) == list(second) and all(first[key] is second[key] for key in first)
-    return len(first) == len(second) and all(a is b for a, b in zip(first, second, strict=True))
-
-
 def _compiled_class() -> type:
     """The class of what ``torch.compile(module)`` gives. (It has no public name.)"""
     return torch._dynamo.eval_frame.OptimizedModule
 
 
-def _is_plain_object(value: Any) -> bool:
-    """Whether ``value`` is an object of a Python class whose whole state lies in its ``__dict__``: a configuration."""
-    kind = type(value)
-    if not hasattr(value, "__dict__") or isinstance(
-        value, (type, types.ModuleType, types.FunctionType, types.MethodType)
-    ):
-        return False
-    if any(
-        name in vars(base)
-        for base in kind.__mro__[:-1]
-        for name in ("__getattribute__", "__getattr__", "__slots__", "__reduce_ex__", "__setattr__")
-    ):
-        frozen = getattr(getattr(kind, "__dataclass_params__", None), "frozen", False)
-        if not frozen or "__slots__" in vars(kind):
-            return False
-    if any(base.__module__ == "builtins" and base is not object for base in kind.__mro__):
-        return False
-    if inspect.isgenerator(value) or inspect.iscoroutine(value):
-        return False
-    # A class with its own way of making instances (a tensor, a named tuple) is more than its attributes.
-    return kind.__new__ is object.__new__  # type: ignore[comparison-overlap]
+def _is_reference(value: Any) -> bool:
+    """Whether ``value`` is a function or the like, of which nothing but its identity can change."""
+    if isinstance(value, types.BuiltinFunctionType):
+        # A method of some object is as changeable as that.
+        return value.__self__ is None or isinstance(value.__self__, (types.ModuleType, type))
+    return isinstance(value, _REFERENCES) or type(value) is CACHED
+
+
+class Unreadable:
+    """Stands in for an attribute that can't be read, and may not have to be."""
+
+    def __init__(self, error: UntraceableError) -> None:
+        object.__setattr__(self, "_error", error)
+
+    def _raise(self, *args: Any, **kwargs: Any) -> Any:
+        raise object.__getattribute__(self, "_error")
+
+    __getattribute__ = __setattr__ = __call__ = __bool__ = __iter__ = __len__ = __eq__ = __hash__ = _raise
+    __enter__ = __exit__ = __getitem__ = __setitem__ = __contains__ = __repr__ = __str__ = _raise

@@ -6,15 +6,14 @@ see nothing of a call but its key.
 
 from __future__ import annotations
 
-import enum
 import math
-from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, TypeGuard
+from typing import Any
 
 import torch
 
+from .data import Constant, Structure, flatten, is_constant
 from .errors import UntraceableError
 from .sizes import is_symbolic
 
@@ -131,150 +130,6 @@ def _is_leaf(tensor: torch.Tensor) -> bool:
         return False
 
 
-class Constant:
-    """A Python value in the key, compared by type and value, floats by their bits: ``1``, ``1.0`` and ``True`` differ,
-    so do ``0.0`` and ``-0.0``.
-
-    Attributes:
-        value: the value itself.
-    """
-
-    __slots__ = ("_key", "value")
-
-    def __init__(self, value: Any) -> None:
-        self.value = value
-        self._key = (type(value), _bits(value))
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Constant) and self._key == other._key
-
-    def __hash__(self) -> int:
-        return hash(self._key)
-
-    def __repr__(self) -> str:
-        return repr(self.value)
-
-
-def _bits(value: Any) -> Any:
-    if type(value) is float:
-        # NaN equals nothing, itself included: a call with NaN must not find the entry of another NaN that user code
-        # may tell apart.
-        return object() if value != value else value.hex()
-    if type(value) is complex:
-        return (_bits(value.real), _bits(value.imag))
-    if isinstance(value, tuple):
-        return tuple((type(item), _bits(item)) for item in value)
-    if type(value) is slice:
-        return tuple((type(item), _bits(item)) for item in (value.start, value.stop, value.step))
-    if isinstance(value, frozenset):
-        return frozenset((type(item), _bits(item)) for item in value)
-    return value
-
-
-_PLAIN = (
-    int,
-    float,
-    complex,
-    bool,
-    str,
-    bytes,
-    type(None),
-    type(Ellipsis),
-    torch.dtype,
-    torch.device,
-    torch.layout,
-    torch.memory_format,
-)
-
-
-def is_constant(value: object) -> bool:
-    """Whether ``value`` is immutable plain data that may enter a key by value.
-
-    >>> is_constant(3), is_constant((1, "a")), is_constant([1])
-    (True, True, False)
-    """
-    kind = type(value)
-    if kind in _PLAIN or isinstance(value, enum.Enum):
-        return True
-    if kind is tuple or kind is torch.Size or kind is frozenset:
-        return all(is_constant(item) for item in value)  # type: ignore[attr-defined]
-    if isinstance(value, tuple) and not hasattr(value, "_fields"):
-        # A class of its own that is its items and nothing else: e3nn's irreps.
-        return not getattr(value, "__dict__", None) and all(map(is_constant, value))
-    if kind is slice:
-        return all(is_constant(item) for item in (value.start, value.stop, value.step))  # type: ignore[attr-defined]
-    return False
-
-
-def is_namedtuple(value: object) -> TypeGuard[tuple[Any, ...]]:
-    """Whether ``value`` is an instance of a class made by ``namedtuple`` or ``NamedTuple``."""
-    return isinstance(value, tuple) and type(value).__bases__ == (tuple,) and hasattr(type(value), "_fields")
-
-
-@dataclass(frozen=True, slots=True)
-class Structure:
-    """A container among arguments or results, with leaves numbered in order.
-
-    Attributes:
-        kind: ``tuple``, ``list``, ``dict``, ``OrderedDict`` or a named tuple class.
-        keys: keys of a mapping in their order, ``None`` for sequences.
-        children: for each item a nested ``Structure``, or the number of a leaf.
-    """
-
-    kind: type
-    keys: tuple[Any, ...] | None
-    children: tuple[Structure | int, ...]
-
-    def __str__(self) -> str:
-        parts = [f"#{child}" if isinstance(child, int) else str(child) for child in self.children]
-        if self.keys is not None:
-            parts = [f"{key!r}: {part}" for key, part in zip(self.keys, parts, strict=True)]
-        return f"{self.kind.__name__}({', '.join(parts)})"
-
-
-def flatten(value: Any, leaves: list[Any]) -> Structure | int:
-    """Append the leaves of nested containers to ``leaves``; return the structure that ``unflatten`` takes.
-
-    Containers are exactly ``tuple``, ``list``, ``dict``, ``OrderedDict`` and named tuples; everything else is a leaf.
-    A container that holds itself raises ``UntraceableError``.
-
-    >>> leaves = []
-    >>> structure = flatten({"a": [1, 2], "b": 3}, leaves)
-    >>> leaves, unflatten(structure, leaves)
-    ([1, 2, 3], {'a': [1, 2], 'b': 3})
-    """
-    return _flatten(value, leaves, ())
-
-
-def _flatten(value: Any, leaves: list[Any], parents: tuple[int, ...]) -> Structure | int:
-    kind = type(value)
-    keys: tuple[Any, ...] | None = None
-    if kind is tuple or kind is list or is_namedtuple(value):
-        items: Sequence[Any] = value
-    elif kind is dict or kind is OrderedDict:
-        if not all(is_constant(key) for key in value):
-            raise UntraceableError(f"a dictionary has a key that is not plain data: {list(value)!r}")
-        keys, items = tuple(value), tuple(value.values())
-    else:
-        leaves.append(value)
-        return len(leaves) - 1
-    if id(value) in parents:
-        raise UntraceableError("a container holds itself")
-    return Structure(kind, keys, tuple(_flatten(item, leaves, (*parents, id(value))) for item in items))
-
-
-def unflatten(structure: Structure | int, leaves: Sequence[Any]) -> Any:
-    """Inverse of ``flatten``, with ``leaves`` in the places of the old ones."""
-    if isinstance(structure, int):
-        return leaves[structure]
-    items = [unflatten(child, leaves) for child in structure.children]
-    if structure.keys is not None:
-        return structure.kind(zip(structure.keys, items, strict=True))
-    if structure.kind is list:
-        return items
-    return tuple(items) if structure.kind is tuple else structure.kind(*items)
-
-
 @dataclass(frozen=True, slots=True)
 class Alias:
     """A tensor argument that is the same object as the one of an earlier leaf.
@@ -338,7 +193,7 @@ class Arguments:
             if isinstance(value, torch.Tensor):
                 if type(value) not in (torch.Tensor, torch.nn.Parameter):
                     raise UntraceableError(f"argument {number} is a {type(value).__name__}, a subclass of torch.Tensor")
-                if value.layout is not torch.strided or value.is_quantized:
+                if value.layout is not torch.strided or value.is_quantized or value.is_nested:
                     raise UntraceableError(
                         f"argument {number} is a tensor of layout {value.layout}, expected torch.strided"
                     )

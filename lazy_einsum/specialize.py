@@ -221,6 +221,8 @@ def read(module: Any, path: Path) -> Any:
             module = module[key]
         elif how == "call":
             module = module()
+        elif how == "member":
+            module = getattr(module, key)
         elif how == "outer":
             module = key.get()
         elif how == "attribute":

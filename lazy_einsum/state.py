@@ -11,6 +11,7 @@ from __future__ import annotations
 import itertools
 import math
 import weakref
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import FunctionType
@@ -19,15 +20,16 @@ from typing import Any, Literal
 import torch
 
 from . import ambient as ambient_module
-from .signature import Alias, Arguments, Constant, Structure, Symbol, TensorType
+from .data import Constant, Structure, array_constant, take_apart
+from .signature import Alias, Arguments, Symbol, TensorType
 from .sizes import is_symbolic
 from .surroundings import Cell, GlobalName
 
-How = Literal["module", "parameter", "buffer", "attribute", "item", "call", "outer"]
+How = Literal["module", "parameter", "buffer", "attribute", "member", "item", "call", "outer"]
 Path = tuple[tuple[How, Any], ...]
-"""Steps from the child: a submodule, a parameter, a buffer, any other attribute, an item of a container, what a weak
-reference gives when called; or, as first step, something outside of the child: a global, a variable of an enclosing
-function, a class attribute.
+"""Steps from the child: a submodule, a parameter, a buffer, any other attribute in an instance's dictionary, one that
+lies elsewhere (in a slot), an item of a container, what a weak reference gives when called; or, as first step,
+something outside of the child: a global, a variable of an enclosing function, a class attribute.
 """
 
 
@@ -42,7 +44,7 @@ def path_name(path: Path) -> str:
 
 @dataclass(frozen=True, slots=True)
 class ModuleClass:
-    """A submodule (or the child itself) of class ``kind`` was found."""
+    """An instance of class ``kind`` was found: a submodule, the child itself, another object."""
 
     kind: type
 
@@ -52,7 +54,13 @@ class ModuleClass:
 
 @dataclass(frozen=True, slots=True)
 class NoHooks:
-    """The module at the path was called, and had no hooks."""
+    """The module at the path was called, and had no hooks.
+
+    Attributes:
+        own_forward: whether it has a ``forward`` of its own instance.
+    """
+
+    own_forward: bool = False
 
     def __str__(self) -> str:
         return "no hooks"
@@ -66,6 +74,32 @@ class Absent:
 
     def __str__(self) -> str:
         return f"no attribute {self.name}"
+
+
+@dataclass(frozen=True, slots=True)
+class Without:
+    """The instance at the path has no attributes of these names in its dictionary: they are looked up in its class."""
+
+    names: frozenset[str]
+
+    def __str__(self) -> str:
+        return f"without {', '.join(sorted(self.names))}"
+
+
+@dataclass(frozen=True, slots=True)
+class Elements:
+    """A set, or a small NumPy array, was found, and with it all that it holds.
+
+    Attributes:
+        kind: its class.
+        value: a frozen set; or dtype, shape and bytes of an array.
+    """
+
+    kind: type
+    value: Constant
+
+    def __str__(self) -> str:
+        return f"{self.kind.__name__} {self.value!r}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,7 +165,9 @@ class Reference:
 
 
 Guard = Callable[..., "tuple[Any, ...] | None"]
-Found = TensorType | Constant | Reference | ModuleClass | NoHooks | Absent | Names | Container | SameAs
+Found = (
+    TensorType | Constant | Reference | ModuleClass | NoHooks | Absent | Without | Names | Container | Elements | SameAs
+)
 Reads = Mapping[tuple[Path, str], Found]
 """What was found, by path and kind of question (one object may be asked for its class, its hooks, an absent
 attribute ...), in the order of reading.
@@ -217,9 +253,16 @@ def _write_arguments(writer: _Writer, arguments: Arguments) -> dict[int, str]:
             else:
                 tensors[child] = variable
             return
-        kind = writer.name(child.kind)
-        writer.require(f"type({variable}) is {kind} and len({variable}) == {len(child.children)}")
-        visit_items(child, variable)
+        writer.require(f"type({variable}) is {writer.name(child.kind)}")
+        if child.kind in (tuple, list, dict, OrderedDict) or issubclass(child.kind, tuple):
+            writer.require(f"len({variable}) == {len(child.children)}")
+            visit_items(child, variable)
+            return
+        # Dataclasses, and classes that torch's pytrees know.
+        parts = writer.local((variable, "parts"), f"{writer.name(take_apart)}({variable})")
+        writer.require(f"{writer.name(Constant)}({parts}.keys) == {writer.name(Constant(child.keys))}")
+        for number, item in enumerate(child.children):
+            visit(item, writer.local((variable, number), f"{parts}.items[{number}]"))
 
     def visit_items(child: Structure, variable: str) -> None:
         if child.keys is not None:
@@ -302,6 +345,8 @@ def _object(writer: _Writer, path: Path) -> str:
         return writer.local(path, f"{holder}[{writer.name(key)}]")
     if how == "call":
         return writer.local(path, f"{_object(writer, parent)}()")
+    if how == "member":
+        return writer.local(path, f"{_object(writer, parent)}.{key}")
     if how == "outer":
         if isinstance(key, GlobalName):
             return writer.local(path, f"{writer.name(key.namespace)}[{key.name!r}]")
@@ -330,7 +375,11 @@ def _write_read(writer: _Writer, path: Path, found: Found, tensors: dict[Path, s
         return
     if isinstance(found, NoHooks):
         attributes = _dict(writer, path)
-        writer.require("not (" + " or ".join(f"{attributes}[{hooks!r}]" for hooks in _HOOKS) + ")")
+        own = "" if found.own_forward else f" or 'forward' in {attributes}"
+        writer.require("not (" + " or ".join(f"{attributes}[{hooks!r}]" for hooks in _HOOKS) + own + ")")
+        return
+    if isinstance(found, Without):
+        writer.require(f"{_dict(writer, path)}.keys().isdisjoint({writer.name(found.names)})")
         return
     variable = _object(writer, path)
     if isinstance(found, TensorType):
@@ -343,6 +392,12 @@ def _write_read(writer: _Writer, path: Path, found: Found, tensors: dict[Path, s
         writer.require(f"type({variable}) is {writer.name(found.kind)}")
     elif isinstance(found, SameAs):
         writer.require(f"{variable} is {_object(writer, found.path)}")
+    elif isinstance(found, Elements):
+        read = writer.name(Constant if found.kind is set else array_constant)
+        inside = f"frozenset({variable})" if found.kind is set else variable
+        writer.require(
+            f"type({variable}) is {writer.name(found.kind)} and {read}({inside}) == {writer.name(found.value)}"
+        )
     elif isinstance(found.keys, int):
         writer.require(f"type({variable}) is {writer.name(found.kind)} and len({variable}) == {found.keys}")
     else:

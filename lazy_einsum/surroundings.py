@@ -1,34 +1,43 @@
-"""What a module's code may read beside its arguments and ``self``: globals, variables of enclosing functions,
+"""What a module's code may read beside its arguments and ``self``: globals, variables of enclosing functions, defaults,
 attributes of classes and of Python modules.
 
 Nothing can watch such reads without slowing the user's code down, so they are found in the code itself: every name
 that a function, or a function that it names, could look up. That is more than it will read, and errs to the safe
-side: what is found enters the key by its value.
+side: plain data that is found enters the key by its value, a tensor where it is used.
 """
 
 from __future__ import annotations
 
+import dis
+import functools
+import inspect
 import os
+import sys
 import sysconfig
 import types
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 
-from .signature import is_constant
-
-MAX_ITEMS = 64
-"""Containers and objects outside of the module that hold more than this are taken for registries, which change
-without changing results.
-"""
+from .data import is_constant
+from .errors import UntraceableError
 
 _SKIPPED = tuple(
     os.path.join(os.path.abspath(path), "")
     for path in (os.path.dirname(torch.__file__), os.path.dirname(__file__), sysconfig.get_paths()["stdlib"])
 )
 _PACKAGES = tuple(os.path.join(sysconfig.get_paths()[name], "") for name in ("purelib", "platlib"))
+# What lies in these is taken not to change.
+_FIXED_MODULES = frozenset({"torch", "lazy_einsum", "numpy", *sys.stdlib_module_names}) - {"__main__"}
+
+
+class _Missing:
+    """Stands for the value of a variable that has none."""
+
+
+MISSING = _Missing()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -39,8 +48,15 @@ class GlobalName:
     name: str
 
     def get(self) -> Any:
-        """Its present value."""
-        return self.namespace[self.name]
+        """Its present value; ``MISSING`` where it has none."""
+        return self.namespace.get(self.name, MISSING)
+
+    def set(self, value: Any) -> None:
+        """Give it a value, or none."""
+        if value is MISSING:
+            self.namespace.pop(self.name, None)
+        else:
+            self.namespace[self.name] = value
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, GlobalName) and self.namespace is other.namespace and self.name == other.name
@@ -60,8 +76,18 @@ class Cell:
     name: str
 
     def get(self) -> Any:
-        """Its present value."""
-        return self.cell.cell_contents
+        """Its present value; ``MISSING`` where it has none."""
+        try:
+            return self.cell.cell_contents
+        except ValueError:
+            return MISSING
+
+    def set(self, value: Any) -> None:
+        """Give it a value, or none."""
+        if value is not MISSING:
+            self.cell.cell_contents = value
+        elif self.get() is not MISSING:
+            del self.cell.cell_contents
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Cell) and self.cell is other.cell
@@ -75,120 +101,258 @@ class Cell:
 
 @dataclass(frozen=True, slots=True)
 class Attribute:
-    """The attribute ``name`` of a class, as its instances find it, or of a Python module."""
+    """The attribute ``name`` of a class, as its instances find it, of a function, or of a Python module."""
 
-    owner: type | types.ModuleType
+    owner: type | types.ModuleType | types.FunctionType
     name: str
 
     def get(self) -> Any:
-        """Its present value."""
-        return getattr(self.owner, self.name)
+        """Its present value; ``MISSING`` where it has none."""
+        return getattr(self.owner, self.name, MISSING)
+
+    def set(self, value: Any) -> None:
+        """Give it a value, or none."""
+        if value is not MISSING:
+            setattr(self.owner, self.name, value)
+        elif self.get() is not MISSING:
+            delattr(self.owner, self.name)
 
     def __str__(self) -> str:
         return f"{self.owner.__name__}.{self.name}"
 
 
 Outer = GlobalName | Cell | Attribute
-Steps = tuple[tuple[Literal["attribute", "item"], Any], ...]
+Steps = tuple[tuple[Literal["member", "item"], Any], ...]
+
+USERS, INSTALLED, TRUSTED = 2, 1, 0
+"""Whose code it is: the user's own, that of an installed package, that of torch, the standard library or this package.
+"""
 
 
-def read_by_class(kind: type) -> Iterator[tuple[Outer, Steps]]:
-    """What the methods of ``kind`` may read: where it starts, and steps to follow from there."""
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """Something that code may read from outside of its module.
+
+    Attributes:
+        start: where.
+        steps: to follow from there.
+        value: what is there now, or ``MISSING``.
+        level: whose code reads it.
+        names: all names that this code looks up, of attributes too.
+        variable: what code would set to change it.
+    """
+
+    start: Outer
+    steps: Steps
+    value: Any
+    level: int
+    names: frozenset[str]
+    variable: Outer
+
+
+def read_by_class(kind: type) -> Iterator[Reading]:
+    """What the methods of ``kind`` may read."""
     names: set[str] = set()
-    functions: dict[int, types.FunctionType] = {}
+    seen: set[int] = set()
     for base in kind.__mro__:
         for member in vars(base).values():
-            if isinstance(member, property):
-                member = member.fget
-            function = getattr(member, "__func__", member)
-            if isinstance(function, types.FunctionType) and _level(function):
-                yield from _read_by(function, functions, names)
-    for name in sorted(names):
-        for base in kind.__mro__:
-            if name in vars(base):
-                if base.__module__.partition(".")[0] not in ("torch", "builtins", "lazy_einsum") and _is_plain(
-                    vars(base)[name]
-                ):
-                    yield Attribute(kind, name), ()
-                break
+            function = function_of(member)
+            if function is not None and level_of(function):
+                yield from _read_by(function, seen, names)
+    for name in sorted(class_names(kind)):
+        base = next(base for base in kind.__mro__ if name in vars(base))
+        if name == "forward" or _level_of_module(base):
+            steps, value = _as_found(kind, name)
+            if value is not MISSING:
+                yield Reading(Attribute(kind, name), steps, value, USERS, frozenset(names), Attribute(base, name))
 
 
-def read_by_function(function: types.FunctionType) -> Iterator[tuple[Outer, Steps]]:
-    """What ``function`` may read, as ``read_by_class``."""
-    if _level(function):
-        yield from _read_by(function, {}, set())
-
-
-def _level(function: types.FunctionType) -> int:
-    """0 for code of torch, the standard library and this package, which is trusted; 1 for installed packages; 2
-    for the user's own code.
+def _as_found(owner: Any, name: str) -> tuple[Steps, Any]:
+    """An attribute of a class or Python module, ``MISSING`` where looking it up would run code; and the steps from what
+    is looked up to it.
     """
+    raw = inspect.getattr_static(owner, name, MISSING)
+    if isinstance(raw, classmethod):  # a new object each time
+        return (("member", "__func__"),), raw.__func__
+    value = raw.__func__ if isinstance(raw, staticmethod) else raw
+    if hasattr(type(value), "__get__") and function_of(value) is None:
+        return (), MISSING
+    return (), value
+
+
+def class_names(kind: type) -> frozenset[str]:
+    """The attributes of ``kind`` itself that its methods may look up, ``forward`` always among them. An attribute of an
+    instance with one of these names comes before them.
+    """
+    names = {"forward"}
+    for base in kind.__mro__:
+        for member in vars(base).values():
+            function = function_of(member)
+            if function is not None and level_of(function):
+                names.update(names_in(function.__code__))
+    return frozenset(name for name in names if any(name in vars(base) and base is not object for base in kind.__mro__))
+
+
+def read_by_function(function: types.FunctionType) -> Iterator[Reading]:
+    """What ``function`` may read."""
+    yield from _read_by(function, set(), set())
+
+
+CACHED = type(functools.cache(lambda: None))
+"""What ``functools.cache`` and ``lru_cache`` make of a function."""
+
+_FUNCTION_IN = {
+    property: "fget",
+    staticmethod: "__func__",
+    classmethod: "__func__",
+    types.MethodType: "__func__",
+    functools.partial: "func",
+    functools.partialmethod: "func",
+    functools.cached_property: "func",
+    CACHED: "__wrapped__",
+}
+
+
+def function_of(value: Any) -> types.FunctionType | None:
+    """The Python function inside of a property, a class method, a cache, a bound method or the like."""
+    while type(value) in _FUNCTION_IN:
+        value = getattr(value, _FUNCTION_IN[type(value)])
+    return value if isinstance(value, types.FunctionType) else None
+
+
+def level_of(function: types.FunctionType) -> int:
+    """Whose code a function is."""
     name = function.__code__.co_filename
     if name.startswith(_PACKAGES):
-        return 0 if name.startswith(_SKIPPED) else 1
-    return 0 if name.startswith(_SKIPPED) else 2
+        return TRUSTED if name.startswith(_SKIPPED) else INSTALLED
+    return TRUSTED if name.startswith(_SKIPPED) else USERS
 
 
-def _read_by(
-    function: types.FunctionType, seen: dict[int, types.FunctionType], names: set[str]
-) -> Iterator[tuple[Outer, Steps]]:
-    level = _level(function)
-    if id(function) in seen or not level:
-        return
-    seen[id(function)] = function
-    for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
-        try:
-            value = cell.cell_contents
-        except ValueError:  # not assigned yet
-            continue
-        yield from _follow(Cell(cell, name), value, level, frozenset(_names(function.__code__)), seen, names)
-    own = list(dict.fromkeys(_names(function.__code__)))
-    names.update(own)
-    for name in own:
-        if name in function.__globals__:
-            yield from _follow(
-                GlobalName(function.__globals__, name), function.__globals__[name], level, frozenset(own), seen, names
-            )
+def _level_of_module(owner: Any) -> int:
+    """Whose a class or Python module is."""
+    name = owner.__name__ if isinstance(owner, types.ModuleType) else owner.__module__
+    return TRUSTED if name.partition(".")[0] in _FIXED_MODULES else USERS
 
 
-def _names(code: types.CodeType) -> Iterator[str]:
-    yield from code.co_names
+def names_in(code: types.CodeType) -> frozenset[str]:
+    """All names that code looks up: globals and attributes."""
+    found = set(code.co_names)
     for constant in code.co_consts:
         if isinstance(constant, types.CodeType):
-            yield from _names(constant)
+            found |= names_in(constant)
+    return frozenset(found)
+
+
+class _Scan(NamedTuple):
+    """What code does with variables outside of it.
+
+    Attributes:
+        read: global variables that it reads.
+        written: global variables that it sets.
+        attributes: names of attributes that it sets.
+    """
+
+    read: frozenset[str]
+    written: frozenset[str]
+    attributes: frozenset[str]
+
+
+@functools.lru_cache(maxsize=4096)
+def _scan(code: types.CodeType) -> _Scan:
+    found = [(instruction.opname, instruction.argval) for instruction in dis.get_instructions(code)]
+    inner = [_scan(constant) for constant in code.co_consts if isinstance(constant, types.CodeType)]
+    return _Scan(
+        frozenset(name for op, name in found if op in ("LOAD_GLOBAL", "LOAD_NAME")).union(*(i.read for i in inner)),
+        frozenset(name for op, name in found if op in ("STORE_GLOBAL", "DELETE_GLOBAL")).union(
+            *(i.written for i in inner)
+        ),
+        frozenset(name for op, name in found if op in ("STORE_ATTR", "DELETE_ATTR")).union(
+            *(i.attributes for i in inner)
+        ),
+    )
+
+
+@functools.lru_cache(maxsize=4096)
+def _compares_types(code: types.CodeType) -> bool:
+    """Whether code has a comparison like ``type(x) is Tensor`` in it."""
+    segment: set[str] = set()
+    for instruction in dis.get_instructions(code):
+        name = instruction.opname
+        if name.startswith(("STORE_", "POP_JUMP", "JUMP_", "RETURN_", "POP_TOP")):
+            segment.clear()
+        elif name.startswith("LOAD_"):
+            segment.add(str(instruction.argval))
+        elif (
+            name in ("IS_OP", "COMPARE_OP", "CONTAINS_OP")
+            and "type" in segment
+            and not segment.isdisjoint(("Tensor", "Parameter"))
+        ):
+            return True
+    return any(_compares_types(constant) for constant in code.co_consts if isinstance(constant, types.CodeType))
+
+
+def _read_by(function: types.FunctionType, seen: set[int], names: set[str]) -> Iterator[Reading]:
+    level = level_of(function)
+    if id(function) in seen or not level:
+        return
+    seen.add(id(function))
+    if _compares_types(function.__code__):
+        raise UntraceableError(
+            f"{function.__qualname__} compares the type of a value with a class of tensors, and a trace runs on "
+            "stand-ins of another class; use isinstance"
+        )
+    own = names_in(function.__code__)
+    names.update(own)
+    scan = _scan(function.__code__)
+    for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
+        start = Cell(cell, name)
+        yield from _follow(start, start.get(), level, own, seen, names, scan.attributes)
+    for name in sorted(scan.read | scan.written):
+        if name in function.__globals__ or name in scan.written:
+            outer = GlobalName(function.__globals__, name)
+            yield from _follow(outer, outer.get(), level, own, seen, names, scan.attributes)
+    for attribute in ("__defaults__", "__kwdefaults__"):
+        defaults = getattr(function, attribute) or ()
+        for key, value in defaults.items() if isinstance(defaults, dict) else enumerate(defaults):
+            if not is_constant(value):
+                variable = Attribute(function, attribute)
+                yield Reading(variable, (("item", key),), value, level, own, variable)
 
 
 def _follow(
-    start: Outer, value: Any, level: int, own: frozenset[str], seen: dict[int, types.FunctionType], names: set[str]
-) -> Iterator[tuple[Outer, Steps]]:
-    if isinstance(value, types.FunctionType):
-        yield from _read_by(value, seen, names)
-    elif isinstance(value, (types.ModuleType, type)):
-        origin = value.__name__ if isinstance(value, types.ModuleType) else value.__module__
-        if origin.partition(".")[0] in ("torch", "builtins", "lazy_einsum", "numpy", "math", "operator"):
-            return
-        for name in sorted(own):
-            if name in vars(value) and is_constant(vars(value)[name]):
-                yield start, (("attribute", name),)
-    elif is_constant(value) or (level == 2 and _is_plain(value)):
-        yield start, ()
-    elif level == 2 and type(value) in (list, tuple, dict) and len(value) <= MAX_ITEMS:
-        # Tensors beside plain data: the plain data one by one. (A tensor from out here stops the trace where it is
-        # used.)
-        for key, item in value.items() if type(value) is dict else enumerate(value):
-            if is_constant(key) and _is_plain(item):
-                yield start, (("item", key),)
+    start: Outer,
+    value: Any,
+    level: int,
+    own: frozenset[str],
+    seen: set[int],
+    names: set[str],
+    written: frozenset[str],
+) -> Iterator[Reading]:
+    if not isinstance(value, (types.ModuleType, type)):
+        yield from _follow_value(Reading(start, (), value, level, own, start), seen, names)
+        return
+    if not _level_of_module(value):
+        return
+    present = set(dir(value) if isinstance(value, type) else vars(value))
+    # Methods that Python calls by itself are named nowhere.
+    called = own | {"__init__", "__call__", "__post_init__"} if isinstance(value, type) else own
+    for name in sorted(called & present):
+        owner = (
+            next((base for base in value.__mro__ if name in vars(base)), value) if isinstance(value, type) else value
+        )
+        steps, found = _as_found(value, name)
+        reading = Reading(start, (("member", name), *steps), found, level, own, Attribute(owner, name))
+        yield from _follow_value(reading, seen, names)
+    for name in sorted((own & written) - present):
+        yield Reading(start, (("member", name),), MISSING, level, own, Attribute(value, name))
 
 
-def _is_plain(value: Any) -> bool:
-    """Whether ``value`` is plain data: constants, or a small list, tuple, dict or object of them."""
-    if is_constant(value):
-        return True
-    if type(value) in (list, tuple):
-        return len(value) <= MAX_ITEMS and all(_is_plain(item) for item in value)
-    if type(value) is dict:
-        return len(value) <= MAX_ITEMS and all(is_constant(key) and _is_plain(item) for key, item in value.items())
-    attributes = getattr(value, "__dict__", None)
-    if type(attributes) is not dict or isinstance(value, (type, types.ModuleType, torch.nn.Module, torch.Tensor)):
-        return False
-    return len(attributes) <= MAX_ITEMS and all(is_constant(item) for item in attributes.values())
+def _follow_value(reading: Reading, seen: set[int], names: set[str]) -> Iterator[Reading]:
+    function = function_of(reading.value)
+    if function is None:
+        yield reading
+        return
+    # A variable of the user's may become another function; what a package defines is taken to stay, but for caches.
+    if type(reading.value) is CACHED or (reading.level == USERS and (not reading.steps or level_of(function))):
+        yield reading
+    yield from _read_by(function, seen, names)

@@ -74,7 +74,7 @@ def _trace(
             torch.set_grad_enabled(grad)
             torch.set_autocast_cache_enabled(cache)
             reseeded = random_state.restore()
-            changed = recorder.shadows.restore_outer()
+            changed = recorder.shadows.outside.restore()
         if recorder.failure is not None:  # raised inside, but swallowed by an ``except`` of the user's
             raise recorder.failure
         if reseeded is not None:
@@ -83,7 +83,8 @@ def _trace(
             raise UntraceableError(f"forward changes {changed}")
         found = recorder.finish(result)
         del result
-        if not recorder.forget():
+        recorder.forget()
+        if not recorder.are_gone():
             raise UntraceableError(
                 "forward keeps a tensor where it outlives the call (a cache, a global, an attribute of an object)"
             )

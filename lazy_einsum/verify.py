@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from .data import flatten
 from .errors import LazyEinsumError
 from .recorder import Trace
-from .signature import flatten
 from .specialize import Specialization, Stage, compile_graph, finish, read
 
 # Relative to the largest value: sums in another order differ by rounding, which grows with the root of their length;

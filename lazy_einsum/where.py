@@ -18,13 +18,14 @@ def _frames(frame: types.FrameType | None) -> Iterator[types.FrameType]:
         frame = frame.f_back
 
 
-def _is_users(frame: types.FrameType) -> bool:
+def is_users(frame: types.FrameType) -> bool:
+    """Whether ``frame`` runs code of the user's, or of a package other than torch and this one."""
     return not frame.f_code.co_filename.startswith(_LIBRARIES)
 
 
 def user_line() -> str:
     """``file:line`` of the innermost frame of the user's; empty where there is none."""
-    found = next(filter(_is_users, _frames(sys._getframe(1))), None)
+    found = next(filter(is_users, _frames(sys._getframe(1))), None)
     return f"{found.f_code.co_filename}:{found.f_lineno}" if found is not None else ""
 
 
@@ -33,7 +34,7 @@ def line_of(error: BaseException) -> str:
     place = ""
     step = error.__traceback__
     while step is not None:
-        if _is_users(step.tb_frame):
+        if is_users(step.tb_frame):
             place = f"{step.tb_frame.f_code.co_filename}:{step.tb_lineno}"
         step = step.tb_next
     return place
@@ -42,4 +43,4 @@ def line_of(error: BaseException) -> str:
 def users_stacklevel() -> int:
     """For a warning raised in the calling function: the level of the innermost frame of the user's."""
     frames = list(_frames(sys._getframe(1)))
-    return next((level for level, frame in enumerate(frames, 1) if _is_users(frame)), len(frames))
+    return next((level for level, frame in enumerate(frames, 1) if is_users(frame)), len(frames))

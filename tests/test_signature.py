@@ -12,16 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lazy_einsum import UntraceableError
-from lazy_einsum.signature import (
-    Arguments,
-    Constant,
-    Signature,
-    TensorType,
-    contiguous_strides,
-    flatten,
-    is_constant,
-    unflatten,
-)
+from lazy_einsum.data import Constant, flatten, is_constant, unflatten
+from lazy_einsum.signature import Arguments, Signature, TensorType, contiguous_strides
 
 
 class Point(NamedTuple):

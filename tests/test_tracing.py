@@ -13,7 +13,7 @@ import weakref
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import pytest
@@ -71,6 +71,7 @@ class Pair(NamedTuple):
 
 GLOBAL = torch.randn(4, dtype=torch.float64)
 KEPT: dict[str, Tensor] = {}
+OTHER = nn.Linear(4, 1).double()
 
 
 def x34() -> Tensor:
@@ -139,6 +140,21 @@ def keeps(self: Any, x: Tensor) -> Tensor:
     return KEPT["x"] + 1
 
 
+class Keeper:
+    """Holds tensors where no code names them."""
+
+    def __call__(self, x: Tensor) -> None:
+        hold = functools.partial(getattr, self.__class__)
+        hold("kept")["x"] = x
+
+    kept: ClassVar[dict[str, Tensor]] = {}
+
+
+def keeps_elsewhere(self: Any, x: Tensor) -> Tensor:
+    getattr(__import__("sys").modules[__name__], "Kee" + "per")()(x.detach() * 2)
+    return x + 1
+
+
 def locks(self: Any, x: Tensor) -> Tensor:
     with self.lock:
         return x * 2
@@ -191,8 +207,9 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "attribute set": (program(remembers), "sets the module.h"),
     "list appended": (program(appends, log=lambda: []), "changes self.log"),
     "object changed": (program(changes_configuration, configuration=Configuration), "sets self.configuration.use"),
-    "global tensor": (program(lambda self, x: x * GLOBAL), "neither an argument nor reached"),
-    "kept in a global": (program(keeps), "outlives the call"),
+    "parameter of another module": (program(lambda self, x: x * OTHER.weight[0]), "neither an argument nor reached"),
+    "kept in a global": (program(keeps), "changes test_tracing.KEPT"),
+    "kept by an object": (program(keeps_elsewhere), "outlives the call"),
     "lock used": (program(locks, lock=threading.Lock), "self.lock, a _thread.lock"),
     "submodule copied": (
         program(lambda self, x: copy.deepcopy(self.layer)(x), layer=lambda: nn.Linear(4, 4).double()),
@@ -269,6 +286,7 @@ TRACED: dict[str, Callable[[], nn.Module]] = {
     "tensors in containers": program(
         lambda self, x: x * self.t[0] + self.t[1]["a"], t=lambda: [torch.tensor(3.0), {"a": torch.ones(4)}]
     ),
+    "global tensor": program(lambda self, x: x * GLOBAL),
     "tensor written": program(lambda self, x: x * self.t.add_(1), t=lambda: torch.zeros(4)),
     "function attribute": program(lambda self, x: self.act(x), act=lambda: F.silu),
     "absent attribute": program(lambda self, x: x * 2 if hasattr(self, "missing") else x * 3),
@@ -437,11 +455,11 @@ def test_containers_among_the_arguments() -> None:
         return items
 
     found: dict[str, Tensor] = {}
-    with pytest.warns(FallbackWarning, match="changes a list or dictionary among its arguments"):
+    with pytest.warns(FallbackWarning, match="changes a list, dictionary or object among its arguments"):
         OptimizedModule(fills)(x := x34(), found)
     assert torch.equal(found["double"], x * 2)
     items = [x]
-    with pytest.warns(FallbackWarning, match="returns a list or dictionary that it was given"):
+    with pytest.warns(FallbackWarning, match="returns a list, dictionary or object that it was given"):
         assert OptimizedModule(returns)(x, items) is items
 
 

@@ -1,0 +1,151 @@
+"""``Watch``: finds calls, while ``forward`` is traced, of functions whose effect or result no record of torch calls
+has: ``print``, clocks, the environment, files, logging, modules from elsewhere.
+"""
+
+from __future__ import annotations
+
+import builtins
+import contextvars
+import datetime
+import gc
+import io
+import logging
+import os
+import sys
+import sysconfig
+import time
+import types
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+_FUNCTIONS: dict[str, tuple[Any, ...]] = {}
+for _module, _names in (
+    (builtins, "print input open breakpoint"),
+    (io, "open"),
+    (os, "urandom system getpid"),
+    (
+        time,
+        "time time_ns perf_counter perf_counter_ns monotonic monotonic_ns process_time process_time_ns thread_time "
+        "thread_time_ns",
+    ),
+):
+    for _name in _names.split():
+        _FUNCTIONS[_name] = (*_FUNCTIONS.get(_name, ()), getattr(_module, _name))
+
+# Methods of C classes, by name: what their object must be an instance of, or, if it is a class, derived from.
+_METHODS: dict[str, type] = {
+    **dict.fromkeys(("write", "writelines"), io.IOBase),
+    **dict.fromkeys(("now", "utcnow", "today"), datetime.date),
+    **dict.fromkeys(("get", "set"), contextvars.ContextVar),
+    **dict.fromkeys(("initial_seed", "get_state", "set_state", "seed", "manual_seed"), torch.Generator),
+}
+
+_CODE: dict[types.CodeType, str] = {
+    logging.Logger._log.__code__: "logs",
+    type(os.environ).__getitem__.__code__: "reads the environment",
+    type(os.environ).__iter__.__code__: "reads the environment",
+    type(os.environ).__setitem__.__code__: "changes the environment",
+    torch.random.initial_seed.__code__: "asks for the seed",
+    torch.random.get_rng_state.__code__: "asks for the state of torch's random generator",
+}
+_TORCH = os.path.join(os.path.dirname(os.path.abspath(torch.__file__)), "")
+_MODULES = os.path.join(_TORCH, "nn", "")  # which only call what is the user's
+_OTHERS = (*(os.path.join(sysconfig.get_paths()[name], "") for name in ("stdlib", "purelib", "platlib")), "<frozen ")
+_MODULE_CALL = nn.Module._wrapped_call_impl.__code__
+
+
+class Watch:
+    """A context in which such a call in this thread raises.
+
+    It uses ``sys.setprofile``, which sees calls of C functions too, in one thread, and costs nothing while it is off.
+    (Replacing the functions was rejected: other threads would see it. Reading the code was: a ``print`` under ``if
+    verbose`` is no reason to refuse.) Where a profiler of somebody else's is at work, it stays off.
+
+    Args:
+        refuse: makes the error for a reason.
+        is_own: whether a module is a stand-in of this trace, so that its calls are seen anyway.
+    """
+
+    def __init__(self, refuse: Callable[[str], Exception], is_own: Callable[[nn.Module], bool]) -> None:
+        self._refuse = refuse
+        self._is_own = is_own
+        self._running = False
+        self._pauses = 0
+
+    def __enter__(self) -> None:
+        self._running = sys.getprofile() is None
+        self._set()
+
+    def __exit__(self, *error: object) -> None:
+        if self._running:
+            sys.setprofile(None)
+        self._running = False
+
+    def pause(self) -> None:
+        """Off, until ``resume`` is called as often as this."""
+        self._pauses += 1
+        if self._running and self._pauses == 1:
+            sys.setprofile(None)
+
+    def resume(self) -> None:
+        """See ``pause``."""
+        self._pauses -= 1
+        self._set()
+
+    def _set(self) -> None:
+        if self._running and not self._pauses:
+            sys.setprofile(self._see)
+
+    def _see(self, frame: types.FrameType, event: str, argument: Any) -> None:
+        reason = None
+        if event == "c_call":
+            reason = _reason(argument)
+        elif event == "call":
+            code = frame.f_code
+            if code in _CODE:
+                reason = _CODE[code]
+            elif code is _MODULE_CALL and not self._is_own(frame.f_locals["self"]):
+                kind = type(frame.f_locals["self"])
+                reason = f"calls a {kind.__name__} that is not reached from the module (a global, a closure)"
+        if reason is not None:
+            caller = frame if event == "c_call" else frame.f_back
+            if not _is_internal(caller) and not _is_collecting(caller):
+                raise self._refuse(f"forward {reason}")
+
+
+def _is_collecting(frame: types.FrameType | None) -> bool:
+    """Whether Python's garbage collector, at work in between, called what called ``frame``."""
+    callbacks = {getattr(callback, "__code__", None) for callback in gc.callbacks}
+    while frame is not None:
+        if frame.f_code in callbacks or frame.f_code.co_name == "__del__":
+            return True
+        frame = frame.f_back
+    return False
+
+
+def _is_internal(frame: types.FrameType | None) -> bool:
+    """Whether torch made a call for ends of its own (symbolic sizes, its logs), by way of other packages or not."""
+    while frame is not None:
+        name = frame.f_code.co_filename
+        if name.startswith(_TORCH) and not name.startswith(_MODULES):
+            return True
+        if not name.startswith(_OTHERS):
+            return False
+        frame = frame.f_back
+    return False
+
+
+def _reason(function: Any) -> str | None:
+    """Why a C function may not be called, in words."""
+    name = getattr(function, "__name__", None)
+    if name in _FUNCTIONS and any(function is known for known in _FUNCTIONS[name]):
+        return f"calls {name}()"
+    if name in _METHODS:
+        owner = function.__self__
+        if isinstance(owner, _METHODS[name]) or (isinstance(owner, type) and issubclass(owner, _METHODS[name])):
+            kind = owner if isinstance(owner, type) else type(owner)
+            return f"calls {kind.__name__}.{name}()"
+    return None

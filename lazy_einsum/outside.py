@@ -1,0 +1,257 @@
+"""``Outside``: what a trace takes from outside of the module, and what ``forward`` did there, to be undone."""
+
+from __future__ import annotations
+
+import random
+import sys
+import types
+from collections import OrderedDict, defaultdict, deque
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from .data import Constant, array_constant, is_array, is_constant
+from .errors import UntraceableError
+from .objects import attributes_of, where_lies
+from .state import Container, Elements, Found, ModuleClass, Path, Reference, Without
+from .surroundings import CACHED, MISSING, USERS, Outer, Reading, function_of, level_of, names_in
+
+MAX_ITEMS = 64
+"""What holds more plain data than this is taken for a registry, which changes without changing results."""
+
+_MAX_TENSORS = 10_000
+_MAX_WATCHED = 256
+
+_REFERENCES = (types.FunctionType, types.BuiltinFunctionType, type, property, staticmethod)
+_MAPPINGS = (dict, OrderedDict, defaultdict)
+_SEQUENCES = (list, tuple, deque)
+
+Note = Callable[[Path, Found, str], None]
+
+
+class Outside:
+    """What code may read from outside of its module, for one trace.
+
+    Args:
+        note: called with what is read: path, what was found, and the kind of question.
+    """
+
+    def __init__(self, note: Note) -> None:
+        self._note = note
+        self._tensors: dict[int, tuple[torch.Tensor, Path]] = {}
+        self._variables: dict[Outer, Any] = {}
+        self._watched: dict[int, tuple[Any, Any, str]] = {}  # id -> container, copy of it, where it was found
+        self._caches: dict[int, tuple[Any, Any]] = {}
+        self._changed: str | None = None
+
+    def read(self, readings: Iterable[Reading]) -> None:
+        """Put plain data into the key, and remember where tensors lie.
+
+        Raises:
+            UntraceableError: code may read something that changes when it is read.
+        """
+        for reading in readings:
+            self._variables.setdefault(reading.variable, reading.variable.get())
+            if reading.value is MISSING:
+                continue
+            if type(reading.value) is CACHED:
+                self._caches.setdefault(id(reading.value), (reading.value, reading.value.cache_info()))
+            path: Path = (("outer", reading.start), *reading.steps)
+            _refuse_streams(reading)
+            self._watch(reading.value, str(reading.variable), reading.level)
+            for place, tensor in _Walk(_MAX_TENSORS).tensors(reading.value, path):
+                self._tensors.setdefault(id(tensor), (tensor, place))
+            if reading.level == USERS or is_constant(reading.value):
+                found = _Walk(4 * MAX_ITEMS).facts(reading.value, path, reading.names)
+                for item in found if sum(isinstance(fact, Constant) for _, fact, _ in found) <= MAX_ITEMS else ():
+                    self._note(*item)
+
+    def find(self, tensor: torch.Tensor) -> Path | None:
+        """Where ``tensor`` lies."""
+        known = self._tensors.get(id(tensor))
+        return known[1] if known is not None else None
+
+    def restore(self, report: bool = True) -> str | None:
+        """Undo what ``forward`` did to variables, containers and objects; the name of one that it changed (now or,
+        unless ``report`` was false, at an earlier call), or ``None``.
+        """
+        changed = None
+        for start, value in self._variables.items():
+            if start.get() is not value:
+                changed = str(start)
+                start.set(value)
+        for value, before, name in self._watched.values():
+            if not _same_items(value, before):
+                changed = name
+                _refill(value, before)
+        for function, before in self._caches.values():
+            if function.cache_info().misses != before.misses:
+                function.cache_clear()  # of what it made of fakes; it makes everything anew when it is asked
+                changed = f"the cache of {function.__qualname__}"
+        if report:
+            self._changed = self._changed or changed
+        return self._changed
+
+    def forget(self) -> None:
+        """Drop everything."""
+        self._tensors.clear()
+        self._variables.clear()
+        self._watched.clear()
+        self._caches.clear()
+
+    def _watch(self, value: Any, name: str, level: int) -> None:
+        """Remember what containers, and objects of the user's own classes, hold."""
+        todo = [value]
+        while todo and len(self._watched) < _MAX_WATCHED:
+            item = todo.pop()
+            if id(item) in self._watched:
+                continue
+            inside: Iterable[Any] = ()
+            if isinstance(item, (dict, list, set, deque)):
+                if len(item) > _MAX_TENSORS:
+                    continue
+                self._watched[id(item)] = item, _copy(item), name
+                inside = item.values() if isinstance(item, dict) else item
+            elif type(item) is tuple:
+                inside = item
+            elif level == USERS and _is_object(item) and type(getattr(item, "__dict__", None)) is dict:
+                self._watched[id(item)] = item.__dict__, dict(item.__dict__), name
+                inside = item.__dict__.values()
+            todo.extend(item for item in inside if not is_constant(item))
+
+
+def _refuse_streams(reading: Reading) -> None:
+    value, kind = reading.value, type(reading.value)
+    if reading.level != USERS:
+        return
+    if hasattr(kind, "__next__") or isinstance(value, random.Random):
+        raise UntraceableError(f"forward may draw from {reading.start}, a {kind.__name__}")
+    numpy = sys.modules.get("numpy")
+    if numpy is not None and isinstance(value, (numpy.random.Generator, numpy.random.RandomState)):
+        raise UntraceableError(f"forward may draw from {reading.start}, a random generator of NumPy's")
+
+
+def _is_object(value: Any) -> bool:
+    """Whether ``value`` is an instance of some class that holds data (and not a class, function, module, tensor)."""
+    return (
+        not isinstance(value, (type, types.ModuleType, nn.Module, torch.Tensor, torch.dtype))
+        and function_of(value) is None
+    )
+
+
+class _Walk:
+    """Goes through nested values.
+
+    Args:
+        most: bound on the values looked at.
+    """
+
+    def __init__(self, most: int) -> None:
+        self._left = most
+        self._above: set[int] = set()
+
+    def _enters(self, value: Any) -> bool:
+        self._left -= 1
+        return self._left > 0 and id(value) not in self._above
+
+    def facts(self, value: Any, path: Path, names: frozenset[str]) -> list[tuple[Path, Found, str]]:
+        """What is found at ``path`` and below, of objects what has one of these names or their methods look up; nothing
+        where that is too much.
+        """
+        found = list(self._facts(value, path, names))
+        return found if self._left > 0 else []
+
+    def _facts(self, value: Any, path: Path, names: frozenset[str]) -> Iterator[tuple[Path, Found, str]]:
+        kind = type(value)
+        if is_constant(value):
+            yield path, Constant(value), ""
+            return
+        if isinstance(value, (torch.Tensor, nn.Module)):
+            return  # a tensor is read where it is used, a module can't be
+        if isinstance(value, _REFERENCES) or function_of(value) is not None:
+            yield path, Reference(value), ""
+            return
+        if not self._enters(value):
+            return
+        self._above.add(id(value))
+        if kind in _SEQUENCES:
+            yield path, Container(kind, len(value)), ""
+            for number, item in enumerate(value):
+                yield from self._facts(item, (*path, ("item", number)), names)
+        elif kind in _MAPPINGS:
+            if all(map(is_constant, value)):
+                yield path, Container(kind, tuple(value)), ""
+                for key, item in value.items():
+                    yield from self._facts(item, (*path, ("item", key)), names)
+        elif kind is set:
+            if all(map(is_constant, value)):
+                yield path, Elements(kind, Constant(frozenset(value))), ""
+        elif is_array(value):
+            yield path, Elements(kind, array_constant(value, str(path[0][1]))), ""
+        elif _is_object(value):
+            yield from self._object(value, path, names)
+        self._above.discard(id(value))
+
+    def _object(self, value: Any, path: Path, names: frozenset[str]) -> Iterator[tuple[Path, Found, str]]:
+        kind = type(value)
+        yield path, ModuleClass(kind), ""
+        own = attributes_of(value)
+        wanted = names | _names_of(kind)
+        if type(getattr(value, "__dict__", None)) is dict:
+            yield path, Without(wanted.difference(own)), " without"
+        everything = not wanted.isdisjoint(("__dict__", "vars", "getattr", "asdict"))
+        for name, item in own.items():
+            if everything or name in wanted:
+                yield from self._facts(item, (*path, (where_lies(kind, name), name)), names)
+
+    def tensors(self, value: Any, path: Path) -> Iterator[tuple[Path, torch.Tensor]]:
+        """All tensors and where they lie."""
+        if isinstance(value, torch.Tensor):
+            yield path, value
+            return
+        if is_constant(value) or not self._enters(value):
+            return
+        self._above.add(id(value))
+        steps: Iterable[tuple[Any, Any]] = ()
+        if isinstance(value, (list, tuple, deque)):
+            steps = ((("item", number), item) for number, item in enumerate(value))
+        elif isinstance(value, dict):
+            steps = ((("item", key), item) for key, item in value.items() if is_constant(key))
+        elif _is_object(value):
+            kind = type(value)
+            steps = (((where_lies(kind, name), name), item) for name, item in attributes_of(value).items())
+        for step, item in steps:
+            yield from self.tensors(item, (*path, step))
+        self._above.discard(id(value))
+
+
+def _names_of(kind: type) -> frozenset[str]:
+    """What the methods of ``kind`` look up."""
+    functions = [function_of(member) for base in kind.__mro__ for member in vars(base).values()]
+    return frozenset().union(*(names_in(f.__code__) for f in functions if f is not None and level_of(f)))
+
+
+def _copy(value: Any) -> Any:
+    return dict(value) if isinstance(value, dict) else list(value)
+
+
+def _same_items(value: Any, before: Any) -> bool:
+    """Whether a container holds the very objects that it held."""
+    if len(value) != len(before):
+        return False
+    if isinstance(value, dict):
+        return all(a is b and value[a] is before[b] for a, b in zip(value, before, strict=True))
+    if isinstance(value, set):
+        return {id(item) for item in value} == {id(item) for item in before}
+    return all(a is b for a, b in zip(value, before, strict=True))
+
+
+def _refill(value: Any, before: Any) -> None:
+    value.clear()
+    if isinstance(value, dict):
+        for key, item in before.items():
+            value[key] = item
+    else:
+        (value.update if isinstance(value, set) else value.extend)(before)
