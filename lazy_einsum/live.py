@@ -84,6 +84,11 @@ def is_compiled(module: nn.Module) -> bool:
     return module._compiled_call_impl is not None and not isinstance(module._compiled_call_impl, PartCall)
 
 
+def is_part(module: nn.Module) -> bool:
+    """Whether calls of ``module`` go through a ``PartCall``."""
+    return isinstance(module._compiled_call_impl, PartCall)
+
+
 def plain_call(module: nn.Module) -> Callable[..., Any]:
     """What calls ``module`` with its hooks, compiled or not."""
     call: Callable[..., Any] = module._call_impl
