@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import logging
 import types
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -205,10 +206,45 @@ def with_tensors(args: Any, tensors: dict[int, torch.Tensor]) -> Any:
     return type(args)(with_tensors(item, tensors) for item in args) if isinstance(args, (list, tuple)) else args
 
 
-def is_held(reference: weakref.ref[torch.Tensor]) -> bool:
-    """Whether any Python object but the frame asking this refers to a tensor."""
-    tensor = reference()
-    return tensor is not None and any(not isinstance(holder, types.FrameType) for holder in gc.get_referrers(tensor))
+def is_held(reference: weakref.ref[Any]) -> bool:
+    """Whether any Python object but the frame asking this refers to what ``reference`` does."""
+    value = reference()
+    return value is not None and any(not isinstance(holder, types.FrameType) for holder in gc.get_referrers(value))
+
+
+def release(references: Iterable[weakref.ref[Any]]) -> bool:
+    """Take fakes out of where user code has put them: ``functools.lru_cache`` and plain dictionaries. The next call, of
+    the module itself perhaps, would find them there.
+
+    Returns:
+        Whether none was in a dictionary: putting it there may be what the code is for.
+    """
+    clean = True
+    values = [value for reference in references if (value := reference()) is not None]
+    seen = {id(values)}
+    holders: list[Any] = list(values)
+    for _ in range(_DEPTH):
+        found = [holder for holder in gc.get_referrers(*holders) if id(holder) not in seen and _may_be_cached(holder)]
+        seen.update(map(id, (holders, found, *found)))
+        for holder in found:
+            if isinstance(holder, _CACHE):
+                holder.cache_clear()
+            elif type(holder) is dict:
+                for key in [key for key, value in holder.items() if any(value is fake for fake in values)]:
+                    del holder[key]
+                    clean = False
+        holders = [holder for holder in found if not isinstance(holder, _CACHE)]
+        if not holders:
+            break
+    return clean
+
+
+_CACHE = type(functools.lru_cache(lambda: None))
+_DEPTH = 5  # of containers that a cached result may have around a tensor
+
+
+def _may_be_cached(holder: object) -> bool:
+    return not isinstance(holder, (types.FrameType, types.ModuleType, types.FunctionType, type, types.CellType))
 
 
 def grad_fn_of(tensor: torch.Tensor) -> object:

@@ -39,6 +39,7 @@ from .fakes import (
     is_held,
     make_fake,
     multilinear,
+    release,
     with_eager_strides,
     with_tensors,
 )
@@ -309,8 +310,8 @@ class Recorder(TorchFunctionMode):
         return inside or EVERYTHING in written
 
     def forget(self) -> bool:
-        """Drop all fakes; whether none survives. One that does was put by user code where later calls may find it
-        (a cache, a global list).
+        """Drop all fakes, and take them out of caches of user code; whether that is all. Any other that survives was
+        put by user code where later calls may find it (a global).
         """
         self._known.clear()
         self._inputs.clear()
@@ -318,12 +319,15 @@ class Recorder(TorchFunctionMode):
         self._storages.clear()
         self._net.written.clear()
         self.shadows.forget()
-        if all(reference() is None for reference in self._weak):
+        given = [*self._weak, *(self._symbols.given if self._symbols is not None else ())]
+        left = [reference for reference in given if reference() is not None]
+        if not left:
             return True
+        clean = release(left)
         gc.collect()  # a cycle in user code may hold one until now; only paid in that case
         # x.mul_(x) ties a tensor to itself inside of autograd, where Python's collector does not see it; no code can
         # reach such a one.
-        return not any(is_held(reference) for reference in self._weak)
+        return clean and not any(is_held(reference) for reference in left)
 
     # -- fakes and nodes
 

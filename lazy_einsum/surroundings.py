@@ -191,4 +191,6 @@ def _is_plain(value: Any) -> bool:
     attributes = getattr(value, "__dict__", None)
     if type(attributes) is not dict or isinstance(value, (type, types.ModuleType, torch.nn.Module, torch.Tensor)):
         return False
+    if hasattr(type(value), "__get__"):  # a descriptor gives something else to each that asks
+        return False
     return len(attributes) <= MAX_ITEMS and all(is_constant(item) for item in attributes.values())

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import operator
+import weakref
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -41,8 +42,8 @@ class _Int(torch.SymInt):
     __int__ = __index__
 
     def __hash__(self) -> int:
-        # The symbolic number has no hash, and the number itself must not enter a dictionary as if it were a constant.
-        return hash(operator.index(self))
+        # A cache of the user's would keep what is made of this number, under a key that the number itself finds.
+        raise TypeError("a size that varies has no hash")
 
     def __repr__(self) -> str:
         return repr(operator.index(self))
@@ -68,7 +69,7 @@ class _Float(torch.SymFloat):
         return int(float(self))
 
     def __hash__(self) -> int:
-        return hash(float(self))
+        raise TypeError("a number that varies has no hash")
 
     def __repr__(self) -> str:
         return repr(float(self))
@@ -83,7 +84,15 @@ class _Float(torch.SymFloat):
 
 
 def _make(kind: Any, value: Any) -> Any:
-    return kind(value.node)
+    made = kind(value.node)
+    given = _GIVEN.get(value.node.shape_env)
+    if given is not None and kind in (_Int, _Float):
+        given.append(weakref.ref(made))
+    return made
+
+
+_GIVEN: weakref.WeakKeyDictionary[Any, list[weakref.ref[Any]]] = weakref.WeakKeyDictionary()
+"""What user code was given, by the environment of the trace."""
 
 
 def seen(value: Any) -> Any:
@@ -152,6 +161,9 @@ class Symbols:
     Args:
         examples: the value of each symbol in the call at hand; integers are at least 2, here and wherever the trace
             holds, as torch treats 0 and 1 in their own way.
+
+    Attributes:
+        given: the numbers that user code was given, none of which may outlive the trace.
     """
 
     def __init__(self, examples: Mapping[str, int | float]) -> None:
@@ -159,6 +171,7 @@ class Symbols:
         from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 
         self.shape_env = ShapeEnv(specialize_zero_one=True, duck_shape=False)
+        self.given = _GIVEN.setdefault(self.shape_env, [])
         self.examples = dict(examples)
         self._numbers: dict[str, Any] = {}
         self._names: dict[Any, str] = {}

@@ -462,3 +462,67 @@ def test_only_written_memory_has_to_be_separate() -> None:
     for _ in range(3):
         torch.testing.assert_close(wrapped(x := x34()), wrapped.module(x))
     assert wrapped.cache_info()[:2] == (2, 1) and "einsum" not in wrapped.code
+
+
+@functools.lru_cache
+def _table(n: int) -> Tensor:
+    return torch.arange(n, dtype=torch.float64)
+
+
+@functools.lru_cache
+def _nested(n: int) -> dict[str, list[Tensor]]:
+    return {"table": [torch.ones(n, dtype=torch.float64)]}
+
+
+_MEMO: dict[str, dict[int, Tensor]] = {"tables": {}}
+
+
+def _memo(n: int) -> Tensor:
+    if n not in _MEMO["tables"]:
+        _MEMO["tables"][n] = torch.arange(n, dtype=torch.float64)
+    return _MEMO["tables"][n]
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x: x * _table(4),
+        lambda x: x * _table(x.shape[1]),
+        lambda x: x * _nested(4)["table"][0],
+        lambda x: x * _memo(4),
+    ],
+    ids=["cached", "cached by size", "cached in containers", "memo"],
+)
+def test_caches_of_user_code_keep_no_fakes(function: Callable[[Tensor], Tensor]) -> None:
+    """What ``forward`` puts in a cache while it is traced must not be found there by the module itself."""
+    for _ in range(2):
+        _table.cache_clear()
+        _nested.cache_clear()
+        _MEMO["tables"].clear()
+        wrapped = OptimizedModule(function, on_untraceable="ignore")
+        for rows in (2, 3, 4, 5):
+            x = torch.ones(rows, 4, dtype=torch.float64)
+            ours, theirs = wrapped(x), function(x)
+            assert type(ours) is type(theirs) is Tensor
+            torch.testing.assert_close(ours, theirs)
+
+
+def test_caches_by_symbolic_size() -> None:
+    """einops keeps recipes by shape where shapes have a hash, and does without where not."""
+
+    @functools.lru_cache
+    def half(n: int) -> int:
+        return n // 2
+
+    def forward(x: Tensor) -> Tensor:
+        try:
+            return x[: half(x.shape[0])]
+        except TypeError:
+            return x[: half.__wrapped__(x.shape[0])]
+
+    wrapped = OptimizedModule(forward)
+    for rows in (4, 5, 6, 7, 8):
+        x = torch.ones(rows, 4)
+        assert wrapped(x).shape == forward(x).shape == (rows // 2, 4)
+        assert type(half(rows)) is int
+    assert wrapped.cache_info().misses == 3
