@@ -18,7 +18,9 @@ from .signature import Arguments, Signature
 from .specialize import Specialization
 
 REFUSALS = 3
-"""After calls of so many sizes could not be traced, other sizes are not tried."""
+"""After so many calls of a family could not be traced, no other is tried; after two of one kind, not that kind. (A
+first call often sets what later calls find: a cache, a lazy initialization.)
+"""
 
 
 class _Counts(NamedTuple):
@@ -84,7 +86,7 @@ class Family:
         generic: code that is generic in some sizes, the newest first.
         fixed: sizes and numbers that code can't be generic in, each with an example.
         reason: why no code is generic here, where that is known.
-        refusals: for each mode of training, why calls could not be traced, by their arguments.
+        refusals: for each mode of training, arguments of calls that could not be traced.
         warned: whether the user was told of numbers that fill the cache.
         counts: how often some values of the symbols were noticed.
     """
@@ -94,7 +96,7 @@ class Family:
     generic: list[Specialization] = field(default_factory=list)
     fixed: dict[Place, Any] = field(default_factory=dict)
     reason: str | None = None
-    refusals: dict[Any, dict[Arguments, str]] = field(default_factory=dict)
+    refusals: dict[Any, list[Arguments]] = field(default_factory=dict)
     warned: bool = False
     counts: LRUCache[Any, int] = field(default_factory=lambda: LRUCache(256))
 
@@ -153,16 +155,16 @@ class Cache(LRUCache[Signature, Specialization]):
         return [entry for other in self.exact if other.family == wanted for entry in self.exact[other]]
 
     def is_refused(self, kind: Kind, mode: Any) -> bool:
-        """Whether a call of this kind, in a mode of training, is known not to be traceable: it was tried, or several
-        others of the family were.
+        """Whether a call of this kind, in a mode of training, is known not to be traceable: it was tried twice, or
+        several others of the family were.
         """
         known = self.families.get(kind.family)
-        refusals = known.refusals.get(mode, ()) if known is not None else ()
-        return len(refusals) >= REFUSALS or kind.arguments in refusals
+        refusals = known.refusals.get(mode, []) if known is not None else []
+        return len(refusals) >= REFUSALS or refusals.count(kind.arguments) >= 2
 
-    def refuse(self, kind: Kind, mode: Any, reason: str) -> None:
+    def refuse(self, kind: Kind, mode: Any) -> None:
         """Note that a call of this kind can't be traced."""
-        self.family(kind).refusals.setdefault(mode, {})[kind.arguments] = reason
+        self.family(kind).refusals.setdefault(mode, []).append(kind.arguments)
 
     def add(self, entry: Specialization) -> None:
         """Store ``entry``, in place of one with the same signature."""

@@ -380,7 +380,7 @@ class Dispatcher:
         reason = str(error)
         with self.cache.lock:
             if kind is not None:
-                self.cache.refuse(kind, call.mode, reason)
+                self.cache.refuse(kind, call.mode)
             new = reason not in self.cache.reasons
             self.cache.reasons[reason] = None
         if new:

@@ -8,7 +8,7 @@ import logging
 import types
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -43,6 +43,15 @@ def fake_mode(allow_non_fake_inputs: bool = False, shape_env: Any = None) -> Any
     # Its cache of results is keyed by sizes, which are new at each trace: without it a trace takes 0.7 of the time.
     mode.cache_enabled = False
     return mode
+
+
+def python_kernels() -> AbstractContextManager[Any]:
+    """A context in which torch takes its kernels that are written in Python, where there are such: some operations
+    (``pad``) need that to keep sizes symbolic. (torch.export, the public way to it, captures a whole module.)
+    """
+    from torch._dispatch.python import enable_python_dispatcher
+
+    return enable_python_dispatcher()
 
 
 def data_dependent_errors() -> tuple[type[Exception], ...]:

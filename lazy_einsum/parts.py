@@ -136,7 +136,7 @@ class PartDispatcher(Dispatcher):
             with self.cache.lock:
                 self.cache.parts[self.name] = str(error)
                 if kind is not None:
-                    self.cache.refuse(kind, call.mode, str(error))
+                    self.cache.refuse(kind, call.mode)
         return call.run_child()
 
 

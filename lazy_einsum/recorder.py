@@ -39,6 +39,7 @@ from .fakes import (
     is_held,
     make_fake,
     multilinear,
+    python_kernels,
     release,
     with_eager_strides,
     with_tensors,
@@ -74,7 +75,7 @@ from .sizes import is_symbolic
 from .state import Path, Reads, path_name
 from .surroundings import read_by_function
 from .symbols import NotGenericError, Symbols, is_symbol, plain, seen
-from .where import user_line
+from .where import asked_by_torch, user_line
 
 MAX_NODES = 50_000
 """A ``forward`` that calls more functions than this is not traced."""
@@ -236,7 +237,7 @@ class Recorder(TorchFunctionMode):
                 callee = function
                 if isinstance(function, types.FunctionType):
                     self.shadows.read_outer(read_by_function(function))
-            with self._net, self:
+            with python_kernels() if self.is_generic else nullcontext(), self._net, self:
                 result = callee(*args, **kwargs)
         self._check_containers(arguments.structure, (args, kwargs), fakes, result)
         return result
@@ -320,14 +321,13 @@ class Recorder(TorchFunctionMode):
         self._net.written.clear()
         self.shadows.forget()
         given = [*self._weak, *(self._symbols.given if self._symbols is not None else ())]
-        left = [reference for reference in given if reference() is not None]
-        if not left:
+        if all(reference() is None for reference in given):
             return True
-        clean = release(left)
         gc.collect()  # a cycle in user code may hold one until now; only paid in that case
         # x.mul_(x) ties a tensor to itself inside of autograd, where Python's collector does not see it; no code can
         # reach such a one.
-        return clean and not any(is_held(reference) for reference in left)
+        left = [reference for reference in given if is_held(reference)]
+        return not left or (release(left) and not any(map(is_held, left)))
 
     # -- fakes and nodes
 
@@ -459,6 +459,8 @@ class Recorder(TorchFunctionMode):
             raise self.failure
         if name == "_set_grad_enabled":
             return self._switch_grad(args[0] if args else kwargs["mode"], func, args, kwargs)
+        if name == "grad_fn" and asked_by_torch():
+            return func(*args, **kwargs)  # whether there is one, for register_parameter
         if (name in REFUSED and func is not torch.autograd.grad) or sets:
             raise self.fail(f"forward {'sets' if sets else 'uses'} {name} of a tensor")
         self._check_modes()

@@ -16,6 +16,7 @@ import torch
 
 from .errors import UntraceableError
 from .sizes import SymbolicSize, is_symbolic
+from .where import user_line
 
 
 class NotGenericError(UntraceableError):
@@ -37,6 +38,7 @@ class _Int(torch.SymInt):
     __class__ = property(lambda self: int)
 
     def __index__(self) -> int:
+        _note_use(self)
         return operator.index(plain(self))
 
     __int__ = __index__
@@ -63,6 +65,7 @@ class _Float(torch.SymFloat):
     __class__ = property(lambda self: float)
 
     def __float__(self) -> float:
+        _note_use(self)
         return _float(plain(self))
 
     def __int__(self) -> int:
@@ -93,6 +96,16 @@ def _make(kind: Any, value: Any) -> Any:
 
 _GIVEN: weakref.WeakKeyDictionary[Any, list[weakref.ref[Any]]] = weakref.WeakKeyDictionary()
 """What user code was given, by the environment of the trace."""
+
+
+_USES: weakref.WeakKeyDictionary[Any, list[str]] = weakref.WeakKeyDictionary()
+"""Where user code took a symbolic number for what it is in the present call, by the environment of the trace."""
+
+
+def _note_use(value: Any) -> None:
+    uses = _USES.get(value.node.shape_env)
+    if uses is not None:
+        uses.append(user_line())
 
 
 def seen(value: Any) -> Any:
@@ -172,6 +185,7 @@ class Symbols:
 
         self.shape_env = ShapeEnv(specialize_zero_one=True, duck_shape=False)
         self.given = _GIVEN.setdefault(self.shape_env, [])
+        self._uses = _USES.setdefault(self.shape_env, [])
         self.examples = dict(examples)
         self._numbers: dict[str, Any] = {}
         self._names: dict[Any, str] = {}
@@ -209,7 +223,7 @@ class Symbols:
             return int(value)
         import sympy
 
-        expression = self.shape_env.replace(value.node.expr)
+        expression = _exact(self.shape_env.simplify(value.node.expr))
         if expression.is_number:
             return int(expression)
         example = self.example(value)
@@ -241,7 +255,8 @@ class Symbols:
         """
         fixed = frozenset(name for symbol, name in self._names.items() if self.shape_env.replace(symbol).is_number)
         if fixed:
-            raise NotGenericError("forward uses the size itself, not only in arithmetic and comparisons", fixed)
+            place = f" at {self._uses[0]}" if self._uses else ""
+            raise NotGenericError(f"forward uses a size that varies for more than arithmetic{place}", fixed)
         found = [self._text(guard.expr) for guard in self.shape_env.guards]
         for symbol, name in self._names.items():
             replaced = self.shape_env.replace(symbol)
@@ -257,6 +272,19 @@ class Symbols:
             raise NotGenericError(f"a size depends on values of a tensor ({unknown[0]})")
         named = expression.subs({symbol: _symbol(name) for symbol, name in self._names.items()})
         return _plain_python(PythonPrinter().doprint(named))
+
+
+def _exact(expression: Any) -> Any:
+    """``expression`` with quotients that have no remainder, as ``s0**2 // s0``, written as what they are."""
+    import sympy
+    from torch.utils._sympy.functions import FloorDiv
+
+    def quotient(base: Any, divisor: Any) -> Any:
+        ratio = sympy.cancel(base / divisor)
+        whole = ratio.is_polynomial() and all(term.as_coeff_Mul()[0].is_integer for term in ratio.as_ordered_terms())
+        return ratio if whole else FloorDiv(base, divisor)
+
+    return expression.replace(FloorDiv, quotient)
 
 
 def _symbol(name: str) -> Any:
