@@ -162,9 +162,12 @@ class Cache(LRUCache[Signature, Specialization]):
         refusals = known.refusals.get(mode, []) if known is not None else []
         return len(refusals) >= REFUSALS or refusals.count(kind.arguments) >= 2
 
-    def refuse(self, kind: Kind, mode: Any) -> None:
-        """Note that a call of this kind can't be traced."""
-        self.family(kind).refusals.setdefault(mode, []).append(kind.arguments)
+    def refuse(self, kind: Kind, mode: Any) -> bool:
+        """Note that a call of this kind can't be traced; whether that was noted before."""
+        refusals = self.family(kind).refusals.setdefault(mode, [])
+        known = kind.arguments in refusals
+        refusals.append(kind.arguments)
+        return known
 
     def add(self, entry: Specialization) -> None:
         """Store ``entry``, in place of one with the same signature."""

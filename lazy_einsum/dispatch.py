@@ -379,9 +379,8 @@ class Dispatcher:
             return result
         reason = str(error)
         with self.cache.lock:
-            if kind is not None:
-                self.cache.refuse(kind, call.mode)
-            new = reason not in self.cache.reasons
+            again = kind is not None and self.cache.refuse(kind, call.mode)
+            new = not again and reason not in self.cache.reasons
             self.cache.reasons[reason] = None
         if new:
             logger.info("%s runs as it is: %s", call.name, reason)
