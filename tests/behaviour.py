@@ -206,7 +206,8 @@ def observe(
     if gradients:
         if leaves is None:
             leaves = {name: t for name, t in named.items() if t.is_leaf and t.requires_grad}
-        found, failed = _gradients(outputs, leaves, second)
+        with torch.inference_mode(False), torch.enable_grad():
+            found, failed = _gradients(outputs, leaves, second)
     return Observation(
         error=None,
         structure=str(spec),
