@@ -21,9 +21,11 @@ import torch
 import torch.nn.functional as F
 import torch.utils.checkpoint
 from behaviour import differences, observe
+from checks import traced
 from torch import Tensor, nn
 
 from lazy_einsum import FallbackWarning, OptimizedModule, UntraceableError
+from lazy_einsum.graph import type_of
 
 einsum = torch.einsum
 
@@ -398,6 +400,54 @@ def test_nothing_is_computed_and_nothing_kept() -> None:
     wrapped.module.weight = nn.Parameter(torch.zeros(3, 4, dtype=torch.float64))
     del x
     assert weak[0]() is None and weak[1]() is None
+
+
+def laid_out(shape: tuple[int, ...], strides: tuple[int, ...]) -> Tensor:
+    return torch.ones(1000, dtype=torch.float64).as_strided(shape, strides)
+
+
+# What torch says of tensors without data is wrong here: for dimensions of size 1, whose strides decide how later
+# results lie, and for rarer functions of operands that lie in different orders.
+STRIDES: dict[str, tuple[Callable[..., Tensor], list[Tensor]]] = {
+    "number": (lambda x: x * 2, [laid_out((1, 3), (1, 1))]),
+    "number first": (lambda x: 7 - x, [laid_out((2, 1), (1, 2))]),
+    "function": (torch.sigmoid, [laid_out((3, 1, 1, 1), (1, 3, 1, 3))]),
+    "comparison": (lambda x: x > 0, [laid_out((1, 3), (1, 1))]),
+    "no elements": (lambda x: x * 2, [laid_out((0, 5, 5), (1, 5, 1))]),
+    "channels last": (
+        lambda x, y: x * y,
+        [laid_out((2, 3, 1, 2), (6, 1, 6, 3)), laid_out((2, 3, 1, 2), (6, 1, 1, 3))],
+    ),
+    "two orders": (torch.copysign, [laid_out((5, 10, 5), (1, 25, 5)), laid_out((5, 10, 5), (50, 1, 10))]),
+    "rounded quotient": (
+        lambda x, y: torch.div(x, y, rounding_mode="floor"),
+        [laid_out((5, 10, 5), (5, 25, 1)), laid_out((10, 5), (5, 1))],
+    ),
+    "view": (lambda x: x.view_as(x), [laid_out((3, 1, 3, 1), (3, 9, 1, 9))]),
+    "view that merges": (lambda x: x.view(2, 1, -1), [laid_out((2, 1, 2, 3), (6, 12, 3, 1))]),
+    "filled": (lambda x, y: x.masked_fill(y > 0, 0.0), [laid_out((5, 5), (1, 5)), laid_out((5,), (1,))]),
+    "copy": (lambda x: x.clone(), [laid_out((2, 1, 2, 1, 2), (2, 4, 4, 4, 1))]),
+    "matrix product": (torch.matmul, [laid_out((2, 3), (3, 1)), laid_out((1, 3, 1), (1, 1, 1))]),
+    "einsum": (
+        lambda x, y, z: einsum("abc,db,aec,fc->fc", x, y, x, z),
+        [laid_out((2, 4, 1), (4, 1, 1)), laid_out((3, 4), (4, 1)), laid_out((3, 1), (2, 6))],
+    ),
+    "einsum of what a number gave": (
+        lambda x, y: einsum("id,kx->idkx", x, 7 - y),
+        [laid_out((1, 2), (2, 1)), laid_out((2, 1), (1, 2))],
+    ),
+}
+
+
+@pytest.mark.parametrize("requires_grad", [False, True])
+@pytest.mark.parametrize("name", STRIDES)
+def test_strides_are_those_of_eager(name: str, requires_grad: bool) -> None:
+    function, operands = STRIDES[name]
+    operands = [operand.detach().requires_grad_(requires_grad) for operand in operands]
+    graph = traced(function, operands).graph
+    (result,) = next(node for node in graph.nodes if node.op == "output").all_input_nodes
+    known = type_of(result)
+    assert known is not None and known.stride == function(*operands).stride()
 
 
 def test_user_sees_no_fake_in_the_child() -> None:
