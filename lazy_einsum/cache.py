@@ -18,7 +18,9 @@ from .signature import Arguments, Signature
 from .specialize import Specialization
 
 REFUSALS = 3
-"""After calls of so many sizes could not be traced, other sizes are not tried."""
+"""After so many calls of a family could not be traced, no other is tried; after two of one kind, not that kind. (A
+first call often sets what later calls find: a cache, a lazy initialization.)
+"""
 
 
 class _Counts(NamedTuple):
@@ -75,21 +77,6 @@ class Kind(NamedTuple):
 
 
 @dataclass(slots=True)
-class Refusals:
-    """Calls that could not be traced.
-
-    Attributes:
-        calls: their arguments.
-        count: how often such calls came since.
-        final: whether they are not to be tried again.
-    """
-
-    calls: set[Arguments] = field(default_factory=set)
-    count: int = 0
-    final: bool = False
-
-
-@dataclass(slots=True)
 class Family:
     """Calls that differ in sizes and numbers only.
 
@@ -99,7 +86,7 @@ class Family:
         generic: code that is generic in some sizes, the newest first.
         fixed: sizes and numbers that code can't be generic in, each with an example.
         reason: why no code is generic here, where that is known.
-        refusals: for each mode of training, calls that could not be traced.
+        refusals: for each mode of training, arguments of calls that could not be traced.
         warned: whether the user was told of numbers that fill the cache.
         counts: how often some values of the symbols were noticed.
     """
@@ -109,7 +96,7 @@ class Family:
     generic: list[Specialization] = field(default_factory=list)
     fixed: dict[Place, Any] = field(default_factory=dict)
     reason: str | None = None
-    refusals: dict[Any, Refusals] = field(default_factory=dict)
+    refusals: dict[Any, list[Arguments]] = field(default_factory=dict)
     warned: bool = False
     counts: LRUCache[Any, int] = field(default_factory=lambda: LRUCache(256))
 
@@ -168,24 +155,19 @@ class Cache(LRUCache[Signature, Specialization]):
         return [entry for other in self.exact if other.family == wanted for entry in self.exact[other]]
 
     def is_refused(self, kind: Kind, mode: Any) -> bool:
-        """Whether a call of this kind, in a mode of training, is known not to be traceable: it was tried, or several
-        others of the family were.
+        """Whether a call of this kind, in a mode of training, is known not to be traceable: it was tried twice, or
+        several others of the family were.
         """
         known = self.families.get(kind.family)
-        refusals = known.refusals.get(mode) if known is not None else None
-        if refusals is None or (len(refusals.calls) < REFUSALS and kind.arguments not in refusals.calls):
-            return False
-        refusals.count += 1
-        # Now and then it is tried once more: what is made at first calls (a lazy module, a cache) is there then.
-        return refusals.final or bool(refusals.count & (refusals.count - 1))
+        refusals = known.refusals.get(mode, []) if known is not None else []
+        return len(refusals) >= REFUSALS or refusals.count(kind.arguments) >= 2
 
-    def refuse(self, kind: Kind, mode: Any, final: bool = False) -> bool:
-        """Note that a call of this kind can't be traced (or, if ``final``, may not be); whether that is news."""
-        refusals = self.family(kind).refusals.setdefault(mode, Refusals())
-        news = kind.arguments not in refusals.calls
-        refusals.calls.add(kind.arguments)
-        refusals.final = refusals.final or final
-        return news
+    def refuse(self, kind: Kind, mode: Any) -> bool:
+        """Note that a call of this kind can't be traced; whether that was noted before."""
+        refusals = self.family(kind).refusals.setdefault(mode, [])
+        known = kind.arguments in refusals
+        refusals.append(kind.arguments)
+        return known
 
     def add(self, entry: Specialization) -> None:
         """Store ``entry``, in place of one with the same signature."""
@@ -193,7 +175,6 @@ class Cache(LRUCache[Signature, Specialization]):
             self.drop(self[entry.signature])
         self[entry.signature] = entry
         kind = Kind.of(entry)
-        self.family(kind).refusals.clear()
         if entry.is_generic:
             relatives = self.family(kind)
             relatives.generic.insert(0, entry)

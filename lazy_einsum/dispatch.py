@@ -10,7 +10,7 @@ import logging
 import warnings
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -19,7 +19,7 @@ from . import ambient as ambient_module
 from .cache import Cache, Family, Kind
 from .errors import CacheThrashWarning, FallbackWarning, UntraceableError
 from .generic import comparable, generalize, numbers_that_vary, places_of, values_of
-from .live import LiveCallChanged, has_own_call, is_compiled, plain_call
+from .live import LiveCallChanged, has_own_call, is_compiled, is_part, plain_call
 from .passes import Options
 from .recorder import Trace
 from .signature import Arguments, ForeignTraceError, Signature
@@ -57,6 +57,47 @@ class Settings:
     dynamic: bool | None
 
 
+class Call(NamedTuple):
+    """A call on its way.
+
+    Attributes:
+        child: what is called.
+        args: positional arguments.
+        kwargs: keyword arguments.
+        hooked: whether torch is running the child's own hooks around it.
+    """
+
+    child: Any
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    hooked: bool = False
+
+    def fits(self, entry: Specialization) -> tuple[Any, ...] | None:
+        """What the code of ``entry`` takes for this call; ``None`` where it can't serve it."""
+        return entry.guard(*self)
+
+    def run_child(self) -> Any:
+        """Run the child as it is."""
+        child = self.child
+        if self.hooked:
+            run = child.forward
+        elif isinstance(child, nn.Module) and is_part(child):
+            run = plain_call(child)
+        else:
+            run = child
+        return run(*self.args, **self.kwargs)
+
+    @property
+    def mode(self) -> bool | None:
+        """The child's mode of training."""
+        return getattr(self.child, "training", None)
+
+    @property
+    def name(self) -> str:
+        """The child's class."""
+        return type(self.child).__name__
+
+
 class Dispatcher:
     """Calls one module, or callable, through its specializations. It keeps no reference to the module.
 
@@ -79,44 +120,36 @@ class Dispatcher:
         if last is not None:
             values = last.guard(child, args, kwargs)
             if values is not None:
-                return self._run(last, values, child, args, kwargs)
+                return self._run(last, values, Call(child, args, kwargs))
+        call = Call(child, args, kwargs)
         try:
             shapes = (self.name, *[value.shape if isinstance(value, torch.Tensor) else None for value in args])
         except RuntimeError:  # a nested tensor
             shapes = None
         recent = self.cache.recent.get(shapes)
         if recent is not None:
-            values = recent.guard(child, args, kwargs)
+            values = call.fits(recent)
             if values is not None:
                 self._use(recent)
-                return self._run(recent, values, child, args, kwargs)
+                return self._run(recent, values, call)
         if ambient_module.bypass() is not None:
-            return self.eager(child)(*args, **kwargs)
+            return call.run_child()
         if isinstance(child, nn.Module):
             if is_compiled(child):
-                error = UntraceableError("the module is compiled (module.compile())")
-                return self.fall_back(child, child, args, kwargs, error, None)
+                return self.fall_back(call, UntraceableError("the module is compiled (module.compile())"), None)
             if any(child.__dict__[hooks] for hooks in HOOKS) or ambient_module.global_module_hooks():
-                return self._with_hooks(child, args, kwargs)
-        return self._call(child, args, kwargs, shapes)
+                return self._with_hooks(call)
+        return self._look_up(call, shapes)
 
-    def eager(self, child: Any) -> Callable[..., Any]:
-        """What runs ``child`` as it is."""
-        if isinstance(child, nn.Module) and not is_compiled(child) and not has_own_call(child):
-            return plain_call(child)
-        return child  # type: ignore[no-any-return]
-
-    def _run(
-        self, entry: Specialization, values: tuple[Any, ...], child: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Any:
+    def _run(self, entry: Specialization, values: tuple[Any, ...], call: Call) -> Any:
         count = entry.add_hit()
         if entry.is_generic and count % _SAMPLE == _SAMPLE - 1:
-            self._notice(entry, child, args, kwargs)
+            self._notice(entry, call)
         try:
             return entry.run(*values)
         except LiveCallChanged as error:
             failure = error
-        return self._changed(entry, failure, child, args, kwargs)
+        return self._changed(entry, failure, call)
 
     def _use(self, entry: Specialization, shapes: Hashable = None) -> None:
         """Let the next call try ``entry`` first, and the next one with these shapes."""
@@ -127,56 +160,47 @@ class Dispatcher:
                 if shapes is not None and not entry.is_generic:
                     self.cache.recent[shapes] = entry
 
-    def _call(
-        self, child: Any, args: tuple[Any, ...], kwargs: dict[str, Any], shapes: Hashable = None, hooked: bool = False
-    ) -> Any:
-        """Look the call up by its signature; build on a miss. (``hooked``: the child's own hooks are being run
-        around this call.)
-        """
-        eager = child.forward if hooked else self.eager(child)
+    def _look_up(self, call: Call, shapes: Hashable = None) -> Any:
+        """Find what serves the call by its signature; build on a miss."""
         try:
-            arguments, _ = Arguments.of(args, kwargs)
+            arguments, _ = Arguments.of(call.args, call.kwargs)
         except ForeignTraceError:
             # fx knows the child's parameters and submodules by the names they have here, but not the child itself.
-            return (child.forward if isinstance(child, nn.Module) else child)(*args, **kwargs)
+            return call._replace(hooked=isinstance(call.child, nn.Module)).run_child()
         except UntraceableError as error:
-            return self.fall_back(child, eager, args, kwargs, error, None)
+            return self.fall_back(call, error, None)
         kind = Kind(self.name, arguments, ambient_module.ambient())
         with self.cache.lock:
-            refused = self.cache.is_refused(kind, getattr(child, "training", None))
+            refused = self.cache.is_refused(kind, call.mode)
         if refused:
-            return self.fall_back(child, eager, args, kwargs, None, kind)
-        found = self._find(child, kind, args, kwargs, hooked)
+            return self.fall_back(call, None, kind)
+        found = self._find(call, kind)
         if found is not None:
             self._use(found[0], shapes)
-            return self._run(*found, child, args, kwargs)
-        verifier = Verifier(child, args, kwargs) if self.settings.verify else None
+            return self._run(*found, call)
+        verifier = Verifier(call.child, call.args, call.kwargs) if self.settings.verify else None
         failure: UntraceableError
         try:
             with self.cache.building:
                 # Another thread may have built it while this one waited.
-                found = self._find(child, kind, args, kwargs, hooked)
-                entry, values = found or self._build(child, kind, args, kwargs, hooked, verifier)
+                found = self._find(call, kind)
+                entry, values = found or self.build(call, kind, verifier.add_stage if verifier else None)
             self._use(entry, shapes)
             if found is not None:
-                return self._run(entry, values, child, args, kwargs)
+                return self._run(entry, values, call)
             return verifier.run(entry, values) if verifier is not None else entry.run(*values)
-        except LiveCallChanged as error:
-            failure = error
         except UntraceableError as error:
             # The child runs outside of this block, so that an error of its own does not show as one of tracing.
             failure = error
         if isinstance(failure, LiveCallChanged):
-            return self._changed(entry, failure, child, args, kwargs, kind)
-        return self.fall_back(child, eager, args, kwargs, failure, kind)
+            return self._changed(entry, failure, call, kind)
+        return self.fall_back(call, failure, kind)
 
-    def _find(
-        self, child: Any, kind: Kind, args: tuple[Any, ...], kwargs: dict[str, Any], hooked: bool
-    ) -> tuple[Specialization, tuple[Any, ...]] | None:
+    def _find(self, call: Call, kind: Kind) -> tuple[Specialization, tuple[Any, ...]] | None:
         with self.cache.lock:
             candidates = self.cache.candidates(kind)
         for entry in candidates:
-            values = entry.guard(child, args, kwargs, hooked)
+            values = call.fits(entry)
             if values is not None:
                 return entry, values
         return None
@@ -187,44 +211,37 @@ class Dispatcher:
         """The specialization for a call, built where there is none, without calling anything."""
         arguments, _ = Arguments.of(args, kwargs)
         kind = Kind(self.name, arguments, ambient_module.ambient())
+        call = Call(child, args, kwargs, hooked=True)
         with self.cache.building:
-            found = self._find(child, kind, args, kwargs, True)
-            entry, _ = found or self._build(child, kind, args, kwargs, True, None)
+            entry, _ = self._find(call, kind) or self.build(call, kind)
         self._use(entry)
         return entry
 
-    def _build(
-        self,
-        child: Any,
-        kind: Kind,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        hooked: bool,
-        verifier: Verifier | None,
-    ) -> tuple[Specialization, tuple[Any, ...]]:
+    def build(self, call: Call, kind: Kind, on_stage: OnStage | None = None) -> tuple[Specialization, tuple[Any, ...]]:
         """Make code for a call: generic code, where sizes were seen to vary, else for the sizes that came."""
-        on_stage = verifier.add_stage if verifier else None
         cache, relatives = self.cache, self.cache.family(kind)
         cache.misses += 1
-        entry = self._build_generic(child, kind, relatives, on_stage)
-        values = entry.guard(child, args, kwargs, hooked) if entry is not None else None
+        entry = self._build_generic(call.child, kind, relatives, on_stage)
+        values = call.fits(entry) if entry is not None else None
+        if entry is not None and values is None:
+            relatives.reason = "inputs share memory that forward writes"
         if entry is None or values is None:
-            entry = self.specialize(child, kind.arguments, on_stage)
-            values = entry.guard(child, args, kwargs, hooked)
+            entry = self.specialize(call.child, kind.arguments, on_stage)
+            values = call.fits(entry)
         if values is None and entry.writes_inputs:
-            entry = self.specialize(child, kind.arguments, on_stage, overlapping=True)
-            values = entry.guard(child, args, kwargs, hooked)
+            entry = self.specialize(call.child, kind.arguments, on_stage, overlapping=True)
+            values = call.fits(entry)
         if values is None:
             raise UntraceableError("what the trace read can't be checked at later calls")
         if logger.isEnabledFor(logging.INFO):
             reason = self._reason(replace(entry.signature, arguments=kind.arguments))
             took = entry.build_seconds * 1e3
-            logger.info("%s: miss for %s: %s; built in %.1f ms", type(child).__name__, entry.signature, reason, took)
+            logger.info("%s: miss for %s: %s; built in %.1f ms", call.name, entry.signature, reason, took)
         if kind.arguments not in relatives.seen:
             relatives.seen.append(kind.arguments)
         relatives.misses += 1
         self.store(entry)
-        self._warn_of_numbers(child, kind.arguments, relatives)
+        self._warn_of_numbers(call, kind.arguments, relatives)
         return entry, values
 
     def _build_generic(
@@ -304,14 +321,14 @@ class Dispatcher:
                 stacklevel=users_stacklevel(),
             )
 
-    def _warn_of_numbers(self, child: Any, arguments: Arguments, relatives: Family) -> None:
+    def _warn_of_numbers(self, call: Call, arguments: Arguments, relatives: Family) -> None:
         if relatives.warned or relatives.misses < _FILLING or self.settings.on_untraceable == "ignore":
             return
         places = numbers_that_vary(relatives.seen, arguments)
         if places:
             relatives.warned = True
             warnings.warn(
-                f"{type(child).__name__} was specialized for {relatives.misses} calls that differ in a Python number "
+                f"{call.name} was specialized for {relatives.misses} calls that differ in a Python number "
                 f"(argument {places[0]}, now {arguments.leaves[places[0]]}) which forward uses by its value"
                 f"{': ' + relatives.reason if relatives.reason else ''}; pass it as a tensor to have one "
                 "specialization for all",
@@ -319,11 +336,11 @@ class Dispatcher:
                 stacklevel=users_stacklevel(),
             )
 
-    def _notice(self, entry: Specialization, child: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _notice(self, entry: Specialization, call: Call) -> None:
         """Count the sizes of some calls of generic code; those that come often get code of their own."""
         if ambient_module.saved_tensor_hooks() is not None:
             return  # a checkpoint will run this call again, and compares what both runs save
-        arguments, _ = Arguments.of(args, kwargs)
+        arguments, _ = Arguments.of(call.args, call.kwargs)
         values = values_of(entry.signature.arguments, arguments)
         cache = self.cache
         with cache.lock:
@@ -333,91 +350,79 @@ class Dispatcher:
         if often and room and self.settings.dynamic is None:
             with cache.building:
                 try:
-                    promoted = self.specialize(child, arguments)
+                    promoted = self.specialize(call.child, arguments)
                 except UntraceableError:  # the child has changed in a way that only the next miss will find out
                     return
                 self.store(promoted)
 
     # -- what can't be specialized
 
-    def _changed(
-        self,
-        entry: Specialization,
-        error: LiveCallChanged,
-        child: Any,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        kind: Kind | None = None,
-    ) -> Any:
+    def _changed(self, entry: Specialization, error: LiveCallChanged, call: Call, kind: Kind | None = None) -> Any:
         """A live call gave another type than the trace foresaw: drop the entry, run the child."""
         with self.cache.lock:
             self.cache.drop(entry)
             if self.last is entry:
                 self.last = None
-        return self.fall_back(child, self.eager(child), args, kwargs, error, kind)
+        return self.fall_back(call, error, kind)
 
-    def fall_back(
-        self,
-        child: Any,
-        eager: Callable[..., Any],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        error: UntraceableError | None,
-        kind: Kind | None,
-    ) -> Any:
+    def fall_back(self, call: Call, error: UntraceableError | None, kind: Kind | None) -> Any:
         """Run the child itself. If that raises too, the error is the user's: it is no fall-back, and nothing is
         remembered.
+
+        Args:
+            call: what to run.
+            error: why it can't be specialized; ``None`` where that is known already.
+            kind: of the call, where the same will be true of others of that kind.
         """
         if error is not None and self.settings.on_untraceable == "raise":
             raise error
-        result = self.run_as_it_is(child, eager, args, kwargs)
+        result = self.run_as_it_is(call)
         self.cache.fallbacks.add()
         if error is None:
             return result
         reason = str(error)
         with self.cache.lock:
-            new = reason not in self.cache.reasons
-            if kind is not None:
-                final = isinstance(error, LiveCallChanged)  # which was found out in the middle of a call
-                new = self.cache.refuse(kind, getattr(child, "training", None), final) and new
+            again = kind is not None and self.cache.refuse(kind, call.mode)
+            new = not again and reason not in self.cache.reasons
             self.cache.reasons[reason] = None
         if new:
-            logger.info("%s runs as it is: %s", type(child).__name__, reason)
+            logger.info("%s runs as it is: %s", call.name, reason)
             if self.settings.on_untraceable == "warn":
                 warnings.warn(
-                    f"{type(child).__name__} runs as it is, not optimized: {reason}{self.describe_parts()}",
+                    f"{call.name} runs as it is, not optimized: {reason}{self.describe_parts()}",
                     FallbackWarning,
                     stacklevel=users_stacklevel(),
                 )
         return result
 
-    def run_as_it_is(self, child: Any, eager: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def run_as_it_is(self, call: Call) -> Any:
         """Run what can't be specialized as a whole."""
-        return eager(*args, **kwargs)
+        return call.run_child()
 
     def describe_parts(self) -> str:
         """What became of submodules, in words."""
         return ""
 
-    def _with_hooks(self, child: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _with_hooks(self, call: Call) -> Any:
         """Call a child that has hooks of its own: torch runs them, around the specialized ``forward``.
 
         They see a stand-in of the child's class with the child's own attributes, because ``forward`` can't be
         replaced in the child itself: other threads would see it.
         """
+        child = call.child
         reason = None
         if ambient_module.global_module_hooks():
             reason = "global module hooks are registered, which fire for each submodule"
         elif "forward" in child.__dict__ or has_own_call(child):
             reason = "the module has hooks, and a forward of its own instance or a __call__ of its own class"
         if reason is not None:
-            return self.fall_back(child, self.eager(child), args, kwargs, UntraceableError(reason), None)
+            return self.fall_back(call, UntraceableError(reason), None)
         if self._stand_in is None or self._stand_in.__base__ is not type(child):
             self._stand_in = _stand_in_class(type(child))
-        stand_in: nn.Module = type(child).__new__(self._stand_in)
+        stand_in: nn.Module = object.__new__(self._stand_in)
         object.__setattr__(stand_in, "__dict__", child.__dict__)
         object.__setattr__(stand_in, "_lazy_einsum", (self, child))
-        return plain_call(stand_in)(*args, **kwargs)
+        return plain_call(stand_in)(*call.args, **call.kwargs)
 
 
 def _as_for(signature: Signature, other: Signature) -> Signature:
@@ -430,7 +435,7 @@ def _as_for(signature: Signature, other: Signature) -> Signature:
 def _stand_in_class(kind: type[nn.Module]) -> type[nn.Module]:
     def forward(stand_in: Any, *args: Any, **kwargs: Any) -> Any:
         dispatcher, child = stand_in._lazy_einsum
-        return dispatcher._call(child, args, kwargs, hooked=True)
+        return dispatcher._look_up(Call(child, args, kwargs, hooked=True))
 
     # In a slot, because the dictionary of attributes is the child's own.
     names = {

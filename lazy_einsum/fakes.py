@@ -9,8 +9,8 @@ import sys
 import threading
 import types
 import weakref
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -46,6 +46,15 @@ def fake_mode(allow_non_fake_inputs: bool = False, shape_env: Any = None) -> Any
     # Its cache of results is keyed by sizes, which are new at each trace: without it a trace takes 0.7 of the time.
     mode.cache_enabled = False
     return mode
+
+
+def python_kernels() -> AbstractContextManager[Any]:
+    """A context in which torch takes its kernels that are written in Python, where there are such: some operations
+    (``pad``) need that to keep sizes symbolic. (torch.export, the public way to it, captures a whole module.)
+    """
+    from torch._dispatch.python import enable_python_dispatcher
+
+    return enable_python_dispatcher()
 
 
 def data_dependent_errors() -> tuple[type[Exception], ...]:
@@ -261,37 +270,45 @@ def with_tensors(args: Any, tensors: dict[int, torch.Tensor]) -> Any:
     return type(args)(with_tensors(item, tensors) for item in args) if isinstance(args, (list, tuple)) else args
 
 
-def drop_from_caches(values: Sequence[object]) -> None:
-    """Remove tensors, which nobody can use, from dictionaries and lists where user code put them to find them again."""
-    ours: list[Any] = [values]
+def is_held(reference: weakref.ref[Any]) -> bool:
+    """Whether any Python object but the frame asking this refers to what ``reference`` does."""
+    value = reference()
+    return value is not None and any(not isinstance(holder, types.FrameType) for holder in gc.get_referrers(value))
 
-    def drop(item: object, depth: int) -> None:
-        if len(ours) > _MAX_SEARCHES:  # each goes through all objects of the process
-            return
-        holders = gc.get_referrers(item)
-        ours.append(holders)
-        for holder in tuple(holders):
-            if holder is ours or any(holder is own for own in ours):
-                continue
-            if isinstance(holder, list):
-                holder[:] = [other for other in holder if other is not item]
-            elif isinstance(holder, dict):
-                for key in [key for key, other in holder.items() if other is item]:
+
+def release(references: Iterable[weakref.ref[Any]]) -> bool:
+    """Take fakes out of where user code has put them: ``functools.lru_cache`` and plain dictionaries. The next call, of
+    the module itself perhaps, would find them there.
+
+    Returns:
+        Whether none was in a dictionary: putting it there may be what the code is for.
+    """
+    clean = True
+    values = [value for reference in references if (value := reference()) is not None]
+    seen = {id(values)}
+    holders: list[Any] = list(values)
+    for _ in range(_DEPTH):
+        found = [holder for holder in gc.get_referrers(*holders) if id(holder) not in seen and _may_be_cached(holder)]
+        seen.update(map(id, (holders, found, *found)))
+        for holder in found:
+            if isinstance(holder, _CACHE):
+                holder.cache_clear()
+            elif type(holder) is dict:
+                for key in [key for key, value in holder.items() if any(value is fake for fake in values)]:
                     del holder[key]
-            elif isinstance(holder, tuple) and depth:
-                drop(holder, depth - 1)
-
-    for value in values:
-        drop(value, 2)
-
-
-_MAX_SEARCHES = 32
+                    clean = False
+        holders = [holder for holder in found if not isinstance(holder, _CACHE)]
+        if not holders:
+            break
+    return clean
 
 
-def is_held(reference: weakref.ref[torch.Tensor]) -> bool:
-    """Whether any Python object but the frame asking this refers to a tensor."""
-    tensor = reference()
-    return tensor is not None and any(not isinstance(holder, types.FrameType) for holder in gc.get_referrers(tensor))
+_CACHE = type(functools.lru_cache(lambda: None))
+_DEPTH = 5  # of containers that a cached result may have around a tensor
+
+
+def _may_be_cached(holder: object) -> bool:
+    return not isinstance(holder, (types.FrameType, types.ModuleType, types.FunctionType, type, types.CellType))
 
 
 def grad_fn_of(tensor: torch.Tensor) -> object:

@@ -90,6 +90,11 @@ def has_own_call(module: nn.Module) -> bool:
     return type(module).__call__ is not nn.Module.__call__
 
 
+def is_part(module: nn.Module) -> bool:
+    """Whether calls of ``module`` go through a ``PartCall``."""
+    return isinstance(module._compiled_call_impl, PartCall)
+
+
 def plain_call(module: nn.Module) -> Callable[..., Any]:
     """What calls ``module`` with its hooks, compiled or not."""
     call: Callable[..., Any] = module._call_impl

@@ -36,6 +36,9 @@ class Outside:
 
     Args:
         note: called with what is read: path, what was found, and the kind of question.
+
+    Attributes:
+        filled: whether ``forward`` made a cached function work (found out by ``restore``).
     """
 
     def __init__(self, note: Note) -> None:
@@ -44,6 +47,7 @@ class Outside:
         self._variables: dict[Outer, Any] = {}
         self._watched: dict[int, tuple[Any, Any, str]] = {}  # id -> container, copy of it, where it was found
         self._caches: dict[int, tuple[Any, Any]] = {}
+        self.filled = False
         self._changed: str | None = None
 
     def read(self, readings: Iterable[Reading]) -> None:
@@ -89,7 +93,7 @@ class Outside:
         for function, before in self._caches.values():
             if function.cache_info().misses != before.misses:
                 function.cache_clear()  # of what it made of fakes; it makes everything anew when it is asked
-                changed = f"the cache of {function.__qualname__}"
+                self.filled = True
         if report:
             self._changed = self._changed or changed
         return self._changed
@@ -137,7 +141,7 @@ def _is_object(value: Any) -> bool:
     """Whether ``value`` is an instance of some class that holds data (and not a class, function, module, tensor)."""
     return (
         not isinstance(value, (type, types.ModuleType, nn.Module, torch.Tensor, torch.dtype))
-        and function_of(value) is None
+        and not hasattr(type(value), "__get__")  # a descriptor gives something else to each that asks
     )
 
 

@@ -12,11 +12,10 @@ from torch import nn
 
 from . import ambient as ambient_module
 from .cache import Cache, Kind
-from .dispatch import Dispatcher, Settings
+from .dispatch import Call, Dispatcher, OnStage, Settings
 from .errors import UntraceableError
 from .live import PartCall, has_own_call, is_compiled, plain_call
 from .specialize import Specialization
-from .verify import Verifier
 
 SPECIALIZED = "specialized"
 IDLE = "nothing to optimize"
@@ -32,12 +31,12 @@ class WholeDispatcher(Dispatcher):
         self._users = 0
         self._active = threading.local()
 
-    def run_as_it_is(self, child: Any, eager: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def run_as_it_is(self, call: Call) -> Any:
         """Run the child's own code, calls of its submodules each through a dispatcher."""
-        if not isinstance(child, nn.Module):
-            return eager(*args, **kwargs)
-        with self._install(child), self._activate(True):
-            return eager(*args, **kwargs)
+        if not isinstance(call.child, nn.Module):
+            return call.run_child()
+        with self._install(call.child), self._activate(True):
+            return call.run_child()
 
     def describe_parts(self) -> str:
         """What became of submodules, in words."""
@@ -118,18 +117,11 @@ class PartDispatcher(Dispatcher):
         """Whether there is nothing to optimize in calls like this one."""
         return bool(self._idle) and _likeness(module, args, kwargs) in self._idle
 
-    def _build(
-        self,
-        child: Any,
-        kind: Kind,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        hooked: bool,
-        verifier: Verifier | None,
-    ) -> tuple[Specialization, tuple[Any, ...]]:
-        entry, values = super()._build(child, kind, args, kwargs, hooked, verifier)
+    def build(self, call: Call, kind: Kind, on_stage: OnStage | None = None) -> tuple[Specialization, tuple[Any, ...]]:
+        """Make code for a call, and note where that is not worth it."""
+        entry, values = super().build(call, kind, on_stage)
         if not _is_worth_it(entry):
-            self._idle.add(_likeness(child, args, kwargs))
+            self._idle.add(_likeness(call.child, call.args, call.kwargs))
         return entry, values
 
     def store(self, entry: Specialization) -> None:
@@ -139,22 +131,14 @@ class PartDispatcher(Dispatcher):
         if _is_worth_it(entry):
             super().store(entry)
 
-    def fall_back(
-        self,
-        child: Any,
-        eager: Callable[..., Any],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        error: UntraceableError | None,
-        kind: Kind | None,
-    ) -> Any:
+    def fall_back(self, call: Call, error: UntraceableError | None, kind: Kind | None) -> Any:
         """Run the submodule itself, without a warning: its own submodules may still be specialized."""
         if error is not None:
             with self.cache.lock:
                 self.cache.parts[self.name] = str(error)
                 if kind is not None:
-                    self.cache.refuse(kind, child.training)
-        return eager(*args, **kwargs)
+                    self.cache.refuse(kind, call.mode)
+        return call.run_child()
 
 
 def _is_worth_it(entry: Specialization) -> bool:

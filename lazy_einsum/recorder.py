@@ -36,7 +36,6 @@ from .fakes import (
     EagerStrides,
     asked_through,
     disguise,
-    drop_from_caches,
     empty_meta,
     fake_mode,
     grad_fn_of,
@@ -44,6 +43,8 @@ from .fakes import (
     is_held,
     make_fake,
     multilinear,
+    python_kernels,
+    release,
     with_eager_strides,
     with_tensors,
 )
@@ -69,7 +70,7 @@ from .sizes import is_symbolic
 from .state import Path, Reads, path_name
 from .surroundings import read_by_function
 from .symbols import NotGenericError, Symbols, is_symbol, plain, seen
-from .where import user_line
+from .where import asked_by_torch, user_line
 
 MAX_NODES = 50_000
 """A ``forward`` that calls more functions than this is not traced."""
@@ -247,7 +248,9 @@ class Recorder(TorchFunctionMode):
                 callee = function
                 if isinstance(function, types.FunctionType):
                     self.shadows.outside.read(read_by_function(function))
-            with self._net, self, self._watch, asked_through(self._read_attribute, self._set_attribute):
+            kernels = python_kernels() if self.is_generic else nullcontext()
+            answers = asked_through(self._read_attribute, self._set_attribute)
+            with kernels, self._net, self, self._watch, answers:
                 result = callee(*args, **kwargs)
         self._check_containers(arguments.structure, (args, kwargs), fakes, result)
         return result
@@ -281,7 +284,10 @@ class Recorder(TorchFunctionMode):
             self.shadows.outside.read(settings())
         build = self._output(result)
         written = {number for node in self.graph.nodes if (known := facts(node)) for number in known.writes}
-        writes = tuple(self._is_written(fake, written) for fake in [*self._inputs, *self._state_fakes()])
+        given = [*self._inputs, *self._state_fakes()]
+        if self.shadows.outside.filled and not written <= {self._storage(fake) for fake in given}:
+            raise UntraceableError("forward calls a cached function, and writes to tensors that may be in its cache")
+        writes = tuple(self._is_written(fake, written) for fake in given)
         self._erase_unused_reads()
         conditions = self._resolve_sizes() if self._symbols else ()
         return Trace(self.graph, self.shadows.reads, self._state, build, writes, self._switched, conditions)
@@ -331,17 +337,17 @@ class Recorder(TorchFunctionMode):
         self.shadows.forget()
 
     def are_gone(self) -> bool:
-        """Whether no fake is left. One that is was put by user code where later calls may find it (a cache, a global
-        list); it is taken away from there.
+        """Take fakes out of caches of user code; whether that is all. Any other that survives was put by user code
+        where later calls may find it (a global).
         """
-        if all(reference() is None for reference in self._weak):
+        given = [*self._weak, *(self._symbols.given if self._symbols is not None else ())]
+        if all(reference() is None for reference in given):
             return True
         gc.collect()  # a cycle in user code may hold one until now; only paid in that case
         # x.mul_(x) ties a tensor to itself inside of autograd, where Python's collector does not see it; no code can
         # reach such a one.
-        held = [reference() for reference in self._weak if is_held(reference)]
-        drop_from_caches(held)
-        return not held
+        left = [reference for reference in given if is_held(reference)]
+        return not left or (release(left) and not any(map(is_held, left)))
 
     # -- fakes and nodes
 
@@ -514,6 +520,8 @@ class Recorder(TorchFunctionMode):
             raise self.failure
         if name == "_set_grad_enabled":
             return self._switch_grad(args[0] if args else kwargs["mode"], func, args, kwargs)
+        if name == "grad_fn" and asked_by_torch():
+            return func(*args, **kwargs)  # whether there is one, for register_parameter
         if (name in REFUSED and func is not torch.autograd.grad) or sets:
             raise self.fail(f"forward {'sets' if sets else 'uses'} {name} of a tensor")
         self._check_modes()

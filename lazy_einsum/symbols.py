@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import operator
+import weakref
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch
 
 from .errors import UntraceableError
 from .sizes import SymbolicSize, is_symbolic
+from .where import user_line
 
 
 class NotGenericError(UntraceableError):
@@ -36,13 +38,14 @@ class _Int(torch.SymInt):
     __class__ = property(lambda self: int)
 
     def __index__(self) -> int:
+        _note_use(self)
         return operator.index(plain(self))
 
     __int__ = __index__
 
     def __hash__(self) -> int:
-        # The symbolic number has no hash, and the number itself must not enter a dictionary as if it were a constant.
-        return hash(operator.index(self))
+        # A cache of the user's would keep what is made of this number, under a key that the number itself finds.
+        raise TypeError("a size that varies has no hash")
 
     def __repr__(self) -> str:
         return repr(operator.index(self))
@@ -62,13 +65,14 @@ class _Float(torch.SymFloat):
     __class__ = property(lambda self: float)
 
     def __float__(self) -> float:
+        _note_use(self)
         return _float(plain(self))
 
     def __int__(self) -> int:
         return int(float(self))
 
     def __hash__(self) -> int:
-        return hash(float(self))
+        raise TypeError("a number that varies has no hash")
 
     def __repr__(self) -> str:
         return repr(float(self))
@@ -83,7 +87,25 @@ class _Float(torch.SymFloat):
 
 
 def _make(kind: Any, value: Any) -> Any:
-    return kind(value.node)
+    made = kind(value.node)
+    given = _GIVEN.get(value.node.shape_env)
+    if given is not None and kind in (_Int, _Float):
+        given.append(weakref.ref(made))
+    return made
+
+
+_GIVEN: weakref.WeakKeyDictionary[Any, list[weakref.ref[Any]]] = weakref.WeakKeyDictionary()
+"""What user code was given, by the environment of the trace."""
+
+
+_USES: weakref.WeakKeyDictionary[Any, list[str]] = weakref.WeakKeyDictionary()
+"""Where user code took a symbolic number for what it is in the present call, by the environment of the trace."""
+
+
+def _note_use(value: Any) -> None:
+    uses = _USES.get(value.node.shape_env)
+    if uses is not None:
+        uses.append(user_line())
 
 
 def seen(value: Any) -> Any:
@@ -152,6 +174,9 @@ class Symbols:
     Args:
         examples: the value of each symbol in the call at hand; integers are at least 2, here and wherever the trace
             holds, as torch treats 0 and 1 in their own way.
+
+    Attributes:
+        given: the numbers that user code was given, none of which may outlive the trace.
     """
 
     def __init__(self, examples: Mapping[str, int | float]) -> None:
@@ -159,6 +184,8 @@ class Symbols:
         from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 
         self.shape_env = ShapeEnv(specialize_zero_one=True, duck_shape=False)
+        self.given = _GIVEN.setdefault(self.shape_env, [])
+        self._uses = _USES.setdefault(self.shape_env, [])
         self.examples = dict(examples)
         self._numbers: dict[str, Any] = {}
         self._names: dict[Any, str] = {}
@@ -196,7 +223,7 @@ class Symbols:
             return int(value)
         import sympy
 
-        expression = self.shape_env.replace(value.node.expr)
+        expression = _exact(self.shape_env.simplify(value.node.expr))
         if expression.is_number:
             return int(expression)
         example = self.example(value)
@@ -228,7 +255,8 @@ class Symbols:
         """
         fixed = frozenset(name for symbol, name in self._names.items() if self.shape_env.replace(symbol).is_number)
         if fixed:
-            raise NotGenericError("forward uses the size itself, not only in arithmetic and comparisons", fixed)
+            place = f" at {self._uses[0]}" if self._uses else ""
+            raise NotGenericError(f"forward uses a size that varies for more than arithmetic{place}", fixed)
         found = [self._text(guard.expr) for guard in self.shape_env.guards]
         for symbol, name in self._names.items():
             replaced = self.shape_env.replace(symbol)
@@ -244,6 +272,19 @@ class Symbols:
             raise NotGenericError(f"a size depends on values of a tensor ({unknown[0]})")
         named = expression.subs({symbol: _symbol(name) for symbol, name in self._names.items()})
         return _plain_python(PythonPrinter().doprint(named))
+
+
+def _exact(expression: Any) -> Any:
+    """``expression`` with quotients that have no remainder, as ``s0**2 // s0``, written as what they are."""
+    import sympy
+    from torch.utils._sympy.functions import FloorDiv
+
+    def quotient(base: Any, divisor: Any) -> Any:
+        ratio = sympy.cancel(base / divisor)
+        whole = ratio.is_polynomial() and all(term.as_coeff_Mul()[0].is_integer for term in ratio.as_ordered_terms())
+        return ratio if whole else FloorDiv(base, divisor)
+
+    return expression.replace(FloorDiv, quotient)
 
 
 def _symbol(name: str) -> Any:

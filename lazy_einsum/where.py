@@ -23,6 +23,13 @@ def is_users(frame: types.FrameType) -> bool:
     return not frame.f_code.co_filename.startswith(_LIBRARIES)
 
 
+def asked_by_torch() -> bool:
+    """Whether the innermost frame outside of this package is one of torch's."""
+    own, others = _LIBRARIES
+    outside = (frame.f_code.co_filename for frame in _frames(sys._getframe(1)))
+    return next((name for name in outside if not name.startswith(own)), "").startswith(others)
+
+
 def user_line() -> str:
     """``file:line`` of the innermost frame of the user's; empty where there is none."""
     found = next(filter(is_users, _frames(sys._getframe(1))), None)

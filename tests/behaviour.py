@@ -206,7 +206,8 @@ def observe(
     if gradients:
         if leaves is None:
             leaves = {name: t for name, t in named.items() if t.is_leaf and t.requires_grad}
-        found, failed = _gradients(outputs, leaves, second)
+        with torch.inference_mode(False), torch.enable_grad():
+            found, failed = _gradients(outputs, leaves, second)
     return Observation(
         error=None,
         structure=str(spec),
@@ -288,7 +289,7 @@ def value_difference(
     if ours.shape != theirs.shape:
         return f"shape {tuple(ours.shape)}, expected {tuple(theirs.shape)}"
     ours, theirs = ours.detach().resolve_conj().resolve_neg(), theirs.detach().resolve_conj().resolve_neg()
-    if not ours.numel():
+    if not ours.numel() or tolerance == float("inf"):
         return None
     if not (ours.is_floating_point() or ours.is_complex()):
         # Exact; but floating point numbers that were truncated on the way are as exact as those are.
@@ -325,7 +326,8 @@ def differences(
     Args:
         ours: what is in question.
         theirs: what eager does.
-        tolerance: bound on differences of values relative to the largest; by dtype where not given.
+        tolerance: bound on differences of values relative to the largest; by dtype where not given. Infinity: values
+            are not compared.
         moved: what eager does with other rounding, where that is to widen the bound.
         ignore: aspects that are not compared, ``"aliasing"`` or ``"conj"``.
     """

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import pytest
-from fuzzer import EFFECTS, EVERYTHING, KEYS, PREDECESSOR, PROFILES, PURE, Profile, check, check_against, generate
-
-from lazy_einsum import OptimizedModule
+import torch
+from behaviour import Rounding, value_difference
+from fuzzer import EFFECTS, EVERYTHING, KEYS, PREDECESSOR, PROFILES, PURE, Profile, check_against, generate
 
 #: (profile, number of programs, first seed, programs in a chunk): chunks spread over processes.
 _QUICK = [(EVERYTHING, 400, 0, 50), (PURE, 300, 0, 50), (EFFECTS, 200, 0, 50), (KEYS, 100, 0, 50)]
@@ -26,7 +26,7 @@ def _label(chunk: tuple[Profile, int, int]) -> str:
 
 def _check_all(chunk: tuple[Profile, int, int]) -> None:
     profile, start, count = chunk
-    failures = [check(generate(seed, profile), OptimizedModule) for seed in range(start, start + count)]
+    failures = [check_against("lazy_einsum", generate(seed, profile)) for seed in range(start, start + count)]
     found = [failure for failure in failures if failure is not None]
     assert not found, f"{len(found)} of {count} programs differ from eager; the first:\n{found[0]}"
 
@@ -54,6 +54,38 @@ def test_a_seed_is_a_program() -> None:
     for seed in range(20):
         assert generate(seed) == generate(seed)
         assert generate(seed).body != generate(seed + 1).body
+
+
+def test_a_bound_grows_only_where_eager_moves() -> None:
+    """What rounding does to a program by itself widens the bound on it, and on nothing else."""
+    x = torch.linspace(0.5, 1.5, 7, dtype=torch.float64)
+    with Rounding(0):
+        steady, wild = x * 1e6, (x * 1e6).sin()
+    assert value_difference(x * 1e6 * (1 + 1e-9), x * 1e6, 1e-10, [steady]) is not None
+    moved = (wild - (x * 1e6).sin()).abs().max().item()
+    assert 1e-11 < moved < 1e-8
+    assert value_difference(wild + moved, wild, 1e-11, [(x * 1e6).sin()]) is None
+    assert value_difference(wild + 20 * moved, wild, 1e-11, [(x * 1e6).sin()]) is not None
+
+
+def test_values_that_rounding_decides_are_not_compared() -> None:
+    x = torch.ones(3, dtype=torch.float64)
+    assert value_difference(x, -x, 1e-10, [-x * (1 + 1e-3)]) is None
+    assert value_difference(x.float(), -x, 1e-10, [x]) is not None
+    whole = torch.ones(3, dtype=torch.int64)
+    assert value_difference(whole + 1, whole, 1e-10, [whole]) is not None
+
+
+def test_other_rounding_keeps_what_shares_memory() -> None:
+    base = torch.ones(4, 3, dtype=torch.float64)
+    with Rounding(1):
+        product = base * 1.5
+        view = product.t()
+        kept = product.clone()
+        view.add_(0)
+    assert view.untyped_storage().data_ptr() == product.untyped_storage().data_ptr()
+    assert not torch.equal(product, base * 1.5) and torch.allclose(product, base * 1.5, rtol=1e-15)
+    assert not torch.equal(kept, product)
 
 
 def test_the_fuzzer_finds_the_predecessor_wrong() -> None:

@@ -340,18 +340,33 @@ def test_intermediates_are_freed_and_source_is_shared() -> None:
     assert compile_program(program) is compile_program(program_of("xy,yz,zw,wv->xv", operands))
 
 
-@given(st.data())
-def test_strides_of_elementwise_results_are_those_of_torch(data: st.DataObject) -> None:
-    shape = tuple(data.draw(st.lists(st.sampled_from([1, 2, 3, 4, 0, 2]), max_size=4)))
+@st.composite
+def _operands(draw: st.DrawFn) -> list[torch.Tensor]:
+    """One to three operands that broadcast, in any order in memory, dimensions of size 1 with any stride."""
+    shape = draw(st.lists(st.sampled_from([1, 1, 2, 3, 4, 2, 0]), max_size=4))
     operands = []
-    for seed in range(data.draw(st.integers(1, 2))):
-        ones = [data.draw(st.integers(0, 3)) == 0 for _ in shape]
-        start = data.draw(st.integers(0, len(shape)))
-        own = tuple(1 if one else size for one, size in zip(ones, shape, strict=True))[start:]
-        (operand,) = make_operands((own,), torch.float32, seed=data.draw(st.integers(0, 99)) + seed, strided=True)
-        operands.append(operand)
-    whole = tuple(torch.broadcast_shapes(*(operand.shape for operand in operands)))
-    result = operands[0] * 2.0 if len(operands) == 1 else operands[0] * operands[1]
-    found = elementwise_strides(whole, [(tuple(operand.shape), operand.stride()) for operand in operands])
-    if result.numel():
-        assert normal_strides(whole, found) == normal_strides(whole, result.stride())
+    for _ in range(draw(st.integers(1, 3))):
+        start = draw(st.sampled_from([0, 0, 0, *range(len(shape) + 1)]))
+        own = [1 if draw(st.integers(0, 5)) == 0 else size for size in shape[start:]]
+        order = draw(st.permutations(range(len(own))))
+        gap = draw(st.sampled_from([1, 1, 2]))
+        strides = [0] * len(own)
+        step = 1
+        for dim in order:
+            strides[dim] = draw(st.sampled_from([step, 1, 2, 24])) if own[dim] == 1 else step
+            step *= max(own[dim], 1) * gap
+        operands.append(torch.zeros(20_000).as_strided(own, strides))
+    return operands
+
+
+@given(_operands(), st.integers(0, 2))
+def test_strides_of_elementwise_results_are_those_of_torch(operands: list[torch.Tensor], kind: int) -> None:
+    described = [(tuple(operand.shape), operand.stride()) for operand in operands]
+    if len(operands) == 1:
+        result = [operands[0].neg(), operands[0] * 2.0, operands[0].sigmoid()][kind]
+        described += [((), ())] * (kind == 1)
+    elif len(operands) == 2:
+        result = [operands[0] * operands[1], torch.copysign(*operands), operands[0] == operands[1]][kind]
+    else:
+        result = torch.addcmul(*operands)
+    assert elementwise_strides(tuple(result.shape), described) == result.stride()

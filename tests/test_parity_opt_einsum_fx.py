@@ -210,8 +210,9 @@ def test_shapes_then_orders(function: Callable[..., Any]) -> None:
     assert torch.allclose(module(*_inputs(5)), function(*_inputs(5)), rtol=1e-10)
 
 
-def test_without_shapes_it_warns_and_leaves_the_einsum() -> None:
-    traced = fx.symbolic_trace(three_operands)
+@pytest.mark.parametrize("function", [three_operands, lambda x, y: torch.einsum("ij,jk->ik", x, y)])
+def test_without_shapes_it_warns_and_leaves_the_einsum(function: Callable[..., Any]) -> None:
+    traced = fx.symbolic_trace(function)
     with pytest.warns(RuntimeWarning):
         graph = optimize_einsums(traced.graph)
     assert fx.GraphModule(traced, graph).code == traced.code

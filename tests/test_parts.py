@@ -211,10 +211,27 @@ def test_a_kind_of_call_is_not_tried_for_ever(monkeypatch: pytest.MonkeyPatch) -
 
     monkeypatch.setattr(specialize, "trace", counting)
     wrapped = OptimizedModule(lambda x: x * float(x.detach().sum()), on_untraceable="ignore", dynamic=False)
-    for rows in (*range(2, 12), 2, 3):
+    for rows in (2, 2, 2, *range(3, 12), 2, 3):
         torch.testing.assert_close(wrapped(x_of(rows)), wrapped.module(x_of(rows)))
-    assert [arguments.leaves[0].shape[0] for arguments in tried] == [2, 3, 4]
-    assert wrapped.cache_info().fallbacks == 12
+    assert [arguments.leaves[0].shape[0] for arguments in tried] == [2, 2, 3]
+    assert wrapped.cache_info().fallbacks == 14
+
+
+def test_what_a_first_call_sets() -> None:
+    """Lazy initialization refuses the first call only."""
+
+    class Lazy(nn.Module):
+        grid: Any = None
+
+        def forward(self, x: Tensor) -> Tensor:
+            if self.grid is None or self.grid.shape[0] != x.shape[1]:
+                self.grid = torch.arange(x.shape[1], dtype=x.dtype)
+            return x * self.grid
+
+    wrapped = OptimizedModule(Lazy(), on_untraceable="ignore")
+    for rows in (3, 3, 3, 4):
+        torch.testing.assert_close(wrapped(x_of(rows)), wrapped.module(x_of(rows)))
+    assert wrapped.cache_info()[:2] == (1, 3) and wrapped.cache_info().fallbacks == 1
 
 
 def test_submodules_that_come_and_go() -> None:

@@ -55,6 +55,14 @@ def test_signatures(name: str) -> None:
     assert list(found.items())[: len(SIGNATURES[name])] == list(SIGNATURES[name].items())
 
 
+def test_einsum_is_called_as_that_of_torch() -> None:
+    ours, theirs = (
+        [(p.name, p.kind, p.default) for p in inspect.signature(function).parameters.values()]
+        for function in (lazy_einsum.einsum, torch.einsum)
+    )
+    assert ours == theirs
+
+
 @pytest.mark.parametrize("name", ERRORS)
 def test_errors(name: str) -> None:
     bases = ERRORS[name]

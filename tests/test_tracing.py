@@ -21,9 +21,11 @@ import torch
 import torch.nn.functional as F
 import torch.utils.checkpoint
 from behaviour import differences, observe
+from checks import traced
 from torch import Tensor, nn
 
 from lazy_einsum import FallbackWarning, OptimizedModule, UntraceableError
+from lazy_einsum.graph import type_of
 
 einsum = torch.einsum
 
@@ -418,6 +420,54 @@ def test_nothing_is_computed_and_nothing_kept() -> None:
     assert weak[0]() is None and weak[1]() is None
 
 
+def laid_out(shape: tuple[int, ...], strides: tuple[int, ...]) -> Tensor:
+    return torch.ones(1000, dtype=torch.float64).as_strided(shape, strides)
+
+
+# What torch says of tensors without data is wrong here: for dimensions of size 1, whose strides decide how later
+# results lie, and for rarer functions of operands that lie in different orders.
+STRIDES: dict[str, tuple[Callable[..., Tensor], list[Tensor]]] = {
+    "number": (lambda x: x * 2, [laid_out((1, 3), (1, 1))]),
+    "number first": (lambda x: 7 - x, [laid_out((2, 1), (1, 2))]),
+    "function": (torch.sigmoid, [laid_out((3, 1, 1, 1), (1, 3, 1, 3))]),
+    "comparison": (lambda x: x > 0, [laid_out((1, 3), (1, 1))]),
+    "no elements": (lambda x: x * 2, [laid_out((0, 5, 5), (1, 5, 1))]),
+    "channels last": (
+        lambda x, y: x * y,
+        [laid_out((2, 3, 1, 2), (6, 1, 6, 3)), laid_out((2, 3, 1, 2), (6, 1, 1, 3))],
+    ),
+    "two orders": (torch.copysign, [laid_out((5, 10, 5), (1, 25, 5)), laid_out((5, 10, 5), (50, 1, 10))]),
+    "rounded quotient": (
+        lambda x, y: torch.div(x, y, rounding_mode="floor"),
+        [laid_out((5, 10, 5), (5, 25, 1)), laid_out((10, 5), (5, 1))],
+    ),
+    "view": (lambda x: x.view_as(x), [laid_out((3, 1, 3, 1), (3, 9, 1, 9))]),
+    "view that merges": (lambda x: x.view(2, 1, -1), [laid_out((2, 1, 2, 3), (6, 12, 3, 1))]),
+    "filled": (lambda x, y: x.masked_fill(y > 0, 0.0), [laid_out((5, 5), (1, 5)), laid_out((5,), (1,))]),
+    "copy": (lambda x: x.clone(), [laid_out((2, 1, 2, 1, 2), (2, 4, 4, 4, 1))]),
+    "matrix product": (torch.matmul, [laid_out((2, 3), (3, 1)), laid_out((1, 3, 1), (1, 1, 1))]),
+    "einsum": (
+        lambda x, y, z: einsum("abc,db,aec,fc->fc", x, y, x, z),
+        [laid_out((2, 4, 1), (4, 1, 1)), laid_out((3, 4), (4, 1)), laid_out((3, 1), (2, 6))],
+    ),
+    "einsum of what a number gave": (
+        lambda x, y: einsum("id,kx->idkx", x, 7 - y),
+        [laid_out((1, 2), (2, 1)), laid_out((2, 1), (1, 2))],
+    ),
+}
+
+
+@pytest.mark.parametrize("requires_grad", [False, True])
+@pytest.mark.parametrize("name", STRIDES)
+def test_strides_are_those_of_eager(name: str, requires_grad: bool) -> None:
+    function, operands = STRIDES[name]
+    operands = [operand.detach().requires_grad_(requires_grad) for operand in operands]
+    graph = traced(function, operands).graph
+    (result,) = next(node for node in graph.nodes if node.op == "output").all_input_nodes
+    known = type_of(result)
+    assert known is not None and known.stride == function(*operands).stride()
+
+
 def test_user_sees_no_fake_in_the_child() -> None:
     """The shadow takes all side effects, also where the trace is refused."""
     module = Program(remembers)
@@ -480,3 +530,67 @@ def test_only_written_memory_has_to_be_separate() -> None:
     for _ in range(3):
         torch.testing.assert_close(wrapped(x := x34()), wrapped.module(x))
     assert wrapped.cache_info()[:2] == (2, 1) and "einsum" not in wrapped.code
+
+
+@functools.lru_cache
+def _table(n: int) -> Tensor:
+    return torch.arange(n, dtype=torch.float64)
+
+
+@functools.lru_cache
+def _nested(n: int) -> dict[str, list[Tensor]]:
+    return {"table": [torch.ones(n, dtype=torch.float64)]}
+
+
+_MEMO: dict[str, dict[int, Tensor]] = {"tables": {}}
+
+
+def _memo(n: int) -> Tensor:
+    if n not in _MEMO["tables"]:
+        _MEMO["tables"][n] = torch.arange(n, dtype=torch.float64)
+    return _MEMO["tables"][n]
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x: x * _table(4),
+        lambda x: x * _table(x.shape[1]),
+        lambda x: x * _nested(4)["table"][0],
+        lambda x: x * _memo(4),
+    ],
+    ids=["cached", "cached by size", "cached in containers", "memo"],
+)
+def test_caches_of_user_code_keep_no_fakes(function: Callable[[Tensor], Tensor]) -> None:
+    """What ``forward`` puts in a cache while it is traced must not be found there by the module itself."""
+    for _ in range(2):
+        _table.cache_clear()
+        _nested.cache_clear()
+        _MEMO["tables"].clear()
+        wrapped = OptimizedModule(function, on_untraceable="ignore")
+        for rows in (2, 3, 4, 5):
+            x = torch.ones(rows, 4, dtype=torch.float64)
+            ours, theirs = wrapped(x), function(x)
+            assert type(ours) is type(theirs) is Tensor
+            torch.testing.assert_close(ours, theirs)
+
+
+def test_caches_by_symbolic_size() -> None:
+    """einops keeps recipes by shape where shapes have a hash, and does without where not."""
+
+    @functools.lru_cache
+    def half(n: int) -> int:
+        return n // 2
+
+    def forward(x: Tensor) -> Tensor:
+        try:
+            return x[: half(x.shape[0])]
+        except TypeError:
+            return x[: half.__wrapped__(x.shape[0])]
+
+    wrapped = OptimizedModule(forward)
+    for rows in (4, 5, 6, 7, 8):
+        x = torch.ones(rows, 4)
+        assert wrapped(x).shape == forward(x).shape == (rows // 2, 4)
+        assert type(half(rows)) is int
+    assert wrapped.cache_info().misses == 3

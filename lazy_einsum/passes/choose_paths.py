@@ -77,11 +77,11 @@ def choose_paths(
                     _warn(node)
                 continue
             spec, operands = found
-            if len(operands) < 3:
-                continue
             types = [entering for operand in operands if (entering := type_of(operand))]
             if len(types) != len(operands):
                 _warn(node)
+            elif len(operands) < 3:
+                pass
             elif is_order_free(node, operands, writers):
                 limit = element_limit if memory_limit is None else memory_limit // types[0].dtype.itemsize
                 plan = make_plan(spec, [operand.shape for operand in types], optimize, limit, generic)
