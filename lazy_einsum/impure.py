@@ -11,8 +11,12 @@ import gc
 import io
 import logging
 import os
+import queue
+import socket
+import subprocess
 import sys
 import sysconfig
+import threading
 import time
 import types
 from collections.abc import Callable
@@ -54,6 +58,8 @@ _CODE: dict[types.CodeType, str] = {
 _TORCH = os.path.join(os.path.dirname(os.path.abspath(torch.__file__)), "")
 _MODULES = os.path.join(_TORCH, "nn", "")  # which only call what is the user's
 _OTHERS = (*(os.path.join(sysconfig.get_paths()[name], "") for name in ("stdlib", "purelib", "platlib")), "<frozen ")
+# Whatever lies in these files is for its effects.
+_FILES = {module.__file__: f"uses {module.__name__}" for module in (threading, queue, subprocess, socket)}
 _MODULE_CALL = nn.Module._wrapped_call_impl.__code__
 
 
@@ -105,9 +111,8 @@ class Watch:
             reason = _reason(argument)
         elif event == "call":
             code = frame.f_code
-            if code in _CODE:
-                reason = _CODE[code]
-            elif code is _MODULE_CALL and not self._is_own(frame.f_locals["self"]):
+            reason = _CODE.get(code) or _FILES.get(code.co_filename)
+            if code is _MODULE_CALL and not self._is_own(frame.f_locals["self"]):
                 kind = type(frame.f_locals["self"])
                 reason = f"calls a {kind.__name__} that is not reached from the module (a global, a closure)"
         if reason is not None:

@@ -16,7 +16,7 @@ from .data import Constant, array_constant, is_array, is_constant
 from .errors import UntraceableError
 from .objects import attributes_of, where_lies
 from .state import Container, Elements, Found, ModuleClass, Path, Reference, Without
-from .surroundings import CACHED, MISSING, USERS, Outer, Reading, function_of, level_of, names_in
+from .surroundings import CACHED, MISSING, USERS, Outer, Reading, function_of, level_of, level_of_class, names_in
 
 MAX_ITEMS = 64
 """What holds more plain data than this is taken for a registry, which changes without changing results."""
@@ -64,7 +64,7 @@ class Outside:
                 self._caches.setdefault(id(reading.value), (reading.value, reading.value.cache_info()))
             path: Path = (("outer", reading.start), *reading.steps)
             _refuse_streams(reading)
-            self._watch(reading.value, str(reading.variable), reading.level)
+            self._watch(reading.value, str(reading.variable))
             for place, tensor in _Walk(_MAX_TENSORS).tensors(reading.value, path):
                 self._tensors.setdefault(id(tensor), (tensor, place))
             if reading.level == USERS or is_constant(reading.value):
@@ -105,7 +105,7 @@ class Outside:
         self._watched.clear()
         self._caches.clear()
 
-    def _watch(self, value: Any, name: str, level: int) -> None:
+    def _watch(self, value: Any, name: str) -> None:
         """Remember what containers, and objects of the user's own classes, hold."""
         todo = [value]
         while todo and len(self._watched) < _MAX_WATCHED:
@@ -120,7 +120,12 @@ class Outside:
                 inside = item.values() if isinstance(item, dict) else item
             elif type(item) is tuple:
                 inside = item
-            elif level == USERS and _is_object(item) and type(getattr(item, "__dict__", None)) is dict:
+            elif (
+                level_of_class(type(item)) == USERS
+                and type(getattr(item, "__dict__", None)) is dict
+                and _is_object(item)
+            ):
+                # (Not those of the standard library: other threads may be waiting for each other by them.)
                 self._watched[id(item)] = item.__dict__, dict(item.__dict__), name
                 inside = item.__dict__.values()
             todo.extend(item for item in inside if not is_constant(item))

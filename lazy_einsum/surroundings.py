@@ -222,7 +222,17 @@ def function_of(value: Any) -> types.FunctionType | None:
 
 def level_of(function: types.FunctionType) -> int:
     """Whose code a function is."""
-    name = function.__code__.co_filename
+    return _level_of_file(function.__code__.co_filename)
+
+
+def level_of_class(kind: type) -> int:
+    """Whose code a class is."""
+    name = getattr(sys.modules.get(kind.__module__), "__file__", None)
+    built_in = kind.__module__.partition(".")[0] in sys.stdlib_module_names and kind.__module__ != "__main__"
+    return TRUSTED if built_in else _level_of_file(name or "")
+
+
+def _level_of_file(name: str) -> int:
     if name.startswith(_PACKAGES):
         return TRUSTED if name.startswith(_SKIPPED) else INSTALLED
     return TRUSTED if name.startswith(_SKIPPED) else USERS
