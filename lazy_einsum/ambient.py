@@ -13,7 +13,7 @@ import random
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.utils._device import DeviceContext
@@ -109,19 +109,30 @@ def ambient() -> tuple[tuple[str, Any], ...]:
     )
 
 
-def inner_state() -> tuple[object, ...]:
-    """What ``forward`` may not change around single operations: compared at each of them while tracing. The grad
-    mode, which may change, is not part of it.
+class Modes(NamedTuple):
+    """The modes that single operations run in, apart from the grad mode.
+
+    Attributes:
+        inference: whether in ``torch.inference_mode()``.
+        default_dtype: what ``torch.set_default_dtype`` has set.
+        others: those that ``forward`` may not change on the way.
     """
-    return (
-        torch.is_inference_mode_enabled(),
-        any_autocast() and autocast_state(),
-        torch.get_default_dtype(),
-        saved_tensor_hooks(),
-        in_functorch(),
-        torch.autograd.forward_ad._current_level,  # what dual_level() opens; there is no public query
-        keeps_parametrized(),
-    )
+
+    inference: bool
+    default_dtype: torch.dtype
+    others: tuple[object, ...]
+
+    @classmethod
+    def now(cls) -> Modes:
+        """The present ones."""
+        others = (
+            any_autocast() and autocast_state(),
+            saved_tensor_hooks(),
+            in_functorch(),
+            torch.autograd.forward_ad._current_level,  # what dual_level() opens; there is no public query
+            keeps_parametrized(),
+        )
+        return cls(torch.is_inference_mode_enabled(), torch.get_default_dtype(), others)
 
 
 def keeps_parametrized() -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import itertools
 import operator
@@ -10,6 +11,7 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -64,6 +66,7 @@ from .graph import (
 )
 from .impure import Watch
 from .live import LiveCall, has_own_call
+from .regions import enter_inference, leave_inference
 from .shadow import Shadows
 from .signature import Alias, Arguments, Symbol, TensorType, contiguous_strides
 from .sizes import is_symbolic
@@ -91,6 +94,7 @@ class Trace:
             module.
         switches_grad: whether ``forward`` switches the grad mode on the way.
         conditions: on the symbols among the arguments, as Python expressions, that make the graph right.
+        switches_modes: whether it switches others.
     """
 
     graph: fx.Graph
@@ -100,6 +104,7 @@ class Trace:
     writes: tuple[bool, ...]
     switches_grad: bool
     conditions: tuple[str, ...] = ()
+    switches_modes: bool = False
 
 
 @dataclass(slots=True)
@@ -208,9 +213,11 @@ class Recorder(TorchFunctionMode):
         self._suspended = 0
         self._grad_at_start = self._grad = torch.is_grad_enabled()
         self._switched = False
-        self._ambient = ambient_module.inner_state()
+        self._switches_modes = False
+        self._modes = self._modes_at_start = ambient_module.Modes.now()
+        self._regions: list[tuple[bool, bool]] = []  # inference mode and grad mode before each that was entered
         # Under autocast an operation means other operations: nothing is rewritten there.
-        self._movable = not ambient_module.any_autocast()
+        self._may_move = not ambient_module.any_autocast()
         self._random_state = random_state
         self._fake_mode = fake_mode(shape_env=symbols.shape_env if symbols else None)
 
@@ -252,6 +259,7 @@ class Recorder(TorchFunctionMode):
             answers = asked_through(self._read_attribute, self._set_attribute)
             with kernels, self._net, self, self._watch, answers:
                 result = callee(*args, **kwargs)
+            self._follow_modes()
         self._check_containers(arguments.structure, (args, kwargs), fakes, result)
         return result
 
@@ -290,7 +298,16 @@ class Recorder(TorchFunctionMode):
         writes = tuple(self._is_written(fake, written) for fake in given)
         self._erase_unused_reads()
         conditions = self._resolve_sizes() if self._symbols else ()
-        return Trace(self.graph, self.shadows.reads, self._state, build, writes, self._switched, conditions)
+        return Trace(
+            self.graph,
+            self.shadows.reads,
+            self._state,
+            build,
+            writes,
+            self._switched,
+            conditions,
+            self._switches_modes,
+        )
 
     def _resolve_sizes(self) -> tuple[str, ...]:
         """Write the sizes in all facts in terms of as few symbols as forward allows; what it needs of the symbols."""
@@ -428,6 +445,12 @@ class Recorder(TorchFunctionMode):
             target += "_"
         return target
 
+    def _live_node(self, target: str, path: Path) -> fx.Node:
+        """The node that gives a module, or another object that is no tensor."""
+        if target not in self._modules:
+            self._modules[target] = stamp(self._read_node(target, path), Facts(None, None, (), self._grad, False, ""))
+        return self._modules[target]
+
     def _read_node(self, target: str, path: Path) -> fx.Node:
         """A ``get_attr`` node, among the first of the graph: state is read when the specialized code is called."""
         self._state[target] = path
@@ -467,6 +490,8 @@ class Recorder(TorchFunctionMode):
             return value
         if isinstance(value, range):
             return list(value)
+        if kind is torch.Generator and (path := self.shadows.path_of(value)) is not None:
+            return self._live_node(self._target(path), path)
         if is_constant(value) and hasattr(value, "item"):  # a scalar of NumPy's
             return value.item()
         raise self.fail(f"a torch function is given a {kind.__module__}.{kind.__qualname__}")
@@ -480,7 +505,7 @@ class Recorder(TorchFunctionMode):
         try:
             if self._symbols is not None:
                 args, kwargs = plain(args), plain(kwargs)
-            if not all(map(is_fake, _tensors((args, kwargs)))):
+            if not (self._fake_mode.allow_non_fake_inputs or all(map(is_fake, _tensors((args, kwargs))))):
                 args, kwargs = self._with_stand_ins(args), self._with_stand_ins(kwargs)
             if self._suspended:
                 return func(*args, **kwargs)
@@ -519,9 +544,13 @@ class Recorder(TorchFunctionMode):
         if self.failure is not None:
             raise self.failure
         if name == "_set_grad_enabled":
+            self._follow_modes()
             return self._switch_grad(args[0] if args else kwargs["mode"], func, args, kwargs)
         if name == "grad_fn" and asked_by_torch():
             return func(*args, **kwargs)  # whether there is one, for register_parameter
+        if name == "requires_grad" and sets:
+            self._record(torch.Tensor.requires_grad_, args, kwargs)
+            return None
         if (name in REFUSED and func is not torch.autograd.grad) or sets:
             raise self.fail(f"forward {'sets' if sets else 'uses'} {name} of a tensor")
         self._check_modes()
@@ -535,6 +564,9 @@ class Recorder(TorchFunctionMode):
         result = self._shortcut(func, args, kwargs)
         if result is None:
             result = func(*args, **kwargs)
+        if name == "requires_grad_":
+            # As if it wrote: what reads the tensor before may not be done behind it.
+            self._net.written.extend(_tensors(args))
         if self._net.random and not self._random_state.same_torch():
             raise self.fail("torch's random generator is seeded inside of forward")
         written = self._written()
@@ -615,12 +647,41 @@ class Recorder(TorchFunctionMode):
         return multilinear(known_type, operands)
 
     def _check_modes(self) -> None:
-        if ambient_module.inner_state() != self._ambient:
-            raise self.fail(
-                "forward changes a mode on the way (autocast, inference mode, default dtype, checkpointing, torch.func)"
-            )
+        self._follow_modes()
         if torch.is_grad_enabled() != self._grad:
             raise self.fail("the grad mode was switched in a way that no call shows (a custom autograd.Function, ...)")
+
+    def _follow_modes(self) -> None:
+        """Record that ``forward`` entered or left inference mode, or set the default dtype: no call shows it."""
+        now = ambient_module.Modes.now()
+        if now == self._modes:
+            return
+        if now.others != self._modes.others:
+            raise self.fail(
+                "forward changes a mode on the way (autocast, checkpointing, saved-tensor hooks, torch.func, "
+                "forward-mode differentiation)"
+            )
+        if now.default_dtype is not self._modes.default_dtype:
+            self._write_switch(torch.set_default_dtype, now.default_dtype)
+        if now.inference != self._modes.inference:
+            if self._regions and self._regions[-1] == (now.inference, torch.is_grad_enabled()):
+                _, self._grad = self._regions.pop()
+                self._write_switch(leave_inference)
+            else:
+                self._regions.append((self._modes.inference, self._grad))
+                self._grad = not now.inference
+                self._write_switch(enter_inference, now.inference)
+        self._modes = now
+        self._switches_modes = True
+
+    def _write_switch(self, function: Callable[..., Any], *args: Any) -> None:
+        # As if it wrote everything: nothing moves past it but what asks for the mode itself.
+        stamp(self.graph.call_function(function, args), Facts(None, None, (), self._grad, False, user_line()))
+
+    @property
+    def _movable(self) -> bool:
+        """Whether what is recorded now runs in the modes of the call, grad mode apart."""
+        return self._may_move and self._modes == self._modes_at_start
 
     def _written(self) -> tuple[int, ...]:
         numbers = {self._storage(tensor) for tensor in self._net.written}
@@ -695,9 +756,7 @@ class Recorder(TorchFunctionMode):
         if enabled != self._grad:
             self._grad = enabled
             self._switched = True
-            node = self.graph.call_function(torch.set_grad_enabled, (enabled,))
-            # As if it wrote everything: nothing moves past it but what asks for the mode itself.
-            stamp(node, Facts(None, None, (), enabled, False, user_line()))
+            self._write_switch(torch.set_grad_enabled, enabled)
         return result
 
     # -- live calls
@@ -705,17 +764,22 @@ class Recorder(TorchFunctionMode):
     def _live_call(self, live: nn.Module, shadow: nn.Module, path: Path, reason: str) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
             # The module's class decides what is called for a compiled module: the module inside it.
-            inner: Any = shadow._orig_mod if hasattr(shadow, "_orig_mod") else shadow
+            if isinstance(live, torch.jit.ScriptModule):
+                forward: Callable[..., Any] = partial(self._run_scripted, live)
+            else:
+                inner: Any = shadow._orig_mod if "_orig_mod" in shadow._modules else shadow
+                forward = inner.forward
             if self._suspended:
-                return inner.forward(*args, **kwargs)
+                return forward(*args, **kwargs)
             with self.paused():
-                return record(inner, args, kwargs)
+                return record(forward, args, kwargs)
 
-        def record(inner: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        def record(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            self._check_modes()
             taken = self._argument(list(args)), self._argument(dict(kwargs))
             # Side effects of a live call are the live module's business; those of this run are undone.
             self.shadows.outside.restore()
-            result = inner.forward(*args, **kwargs)
+            result = forward(*args, **kwargs)
             self.shadows.outside.restore(report=False)
             found: list[Any] = []
             flatten(result, found)
@@ -725,15 +789,21 @@ class Recorder(TorchFunctionMode):
                     f"{target} stays a live call because {reason}, and gives more than tensors and plain data"
                 )
             types = tuple(TensorType.of(value) for value in found if isinstance(value, torch.Tensor))
-            if target not in self._modules:
-                self._modules[target] = stamp(
-                    self._read_node(target, path), Facts(None, None, (), self._grad, False, "")
-                )
-            node = self.graph.call_function(LiveCall(target, types), (self._modules[target], *taken[0]), taken[1])
+            module = self._live_node(target, path)
+            node = self.graph.call_function(LiveCall(target, types), (module, *taken[0]), taken[1])
             self._register(result, node, (EVERYTHING,))
             return result
 
         return call
+
+    def _run_scripted(self, module: torch.jit.ScriptModule, *args: Any, **kwargs: Any) -> Any:
+        """Run a TorchScript module on fakes: a copy, whose tensors become fakes as they are copied."""
+        before = self._fake_mode.allow_non_fake_inputs
+        self._fake_mode.allow_non_fake_inputs = True
+        try:
+            return copy.deepcopy(module)(*args, **kwargs)
+        finally:
+            self._fake_mode.allow_non_fake_inputs = before
 
     @contextmanager
     def paused(self) -> Iterator[None]:

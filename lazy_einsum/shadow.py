@@ -107,7 +107,7 @@ class Shadows:
         kind = type(live)
         name = path_name(path) or "the module"
         if isinstance(live, torch.jit.ScriptModule):
-            raise UntraceableError(f"{name} is a TorchScript module")
+            return self._scripted(live, path)
         if kind.__getattribute__ is not object.__getattribute__:
             raise UntraceableError(f"{name} ({kind.__name__}) overrides __getattribute__")
         # Not ``kind.__new__``: that of a GraphModule makes another class.
@@ -153,6 +153,19 @@ class Shadows:
             for key in _HOOKS:
                 own[key] = _Hooks(self, live, path, key)
         self._originals.append((own, dict(own), path))
+        return shadow
+
+    def _scripted(self, live: nn.Module, path: Path) -> nn.Module:
+        """The stand-in for a TorchScript module, which is a live call."""
+        if not path:
+            raise UntraceableError("the module is a TorchScript module")
+        reason = "it is a TorchScript module"
+        shadow = Opaque(f"forward looks into self.{path_name(path)}, a TorchScript module")
+        self._seen[id(live)] = (live, shadow, path)
+        self._shadows[id(shadow)] = shadow
+        self.note(path, ModuleClass(type(live)))
+        self._live.append(path)
+        shadow.__dict__["_compiled_call_impl"] = self._live_call(live, shadow, path, reason)
         return shadow
 
     def _why_live(self, live: nn.Module, path: Path) -> str | None:
@@ -209,6 +222,9 @@ class Shadows:
             self.note(path, ModuleClass(weakref.ref))
             target = self.lift(value(), (*path, ("call", None)))
             stand_in = weakref.ref(target) if target is not None else value
+        elif kind is torch.Generator:
+            self.note(path, ModuleClass(kind))
+            stand_in = value.clone_state()
         elif may_stand_in(value):
             self.note(path, ModuleClass(kind))
             read = functools.partial(self.attribute, value, path)
@@ -337,6 +353,10 @@ class Shadows:
         self._originals.clear()
         self.outside.forget()
 
+    def path_of(self, stand_in: object) -> Path | None:
+        """Where what it stands in for was found."""
+        return next((path for _, known, path in self._seen.values() if known is stand_in), None)
+
     def is_shadow(self, module: nn.Module) -> bool:
         """Whether ``module`` is a stand-in."""
         return id(module) in self._shadows
@@ -458,6 +478,16 @@ def _is_reference(value: Any) -> bool:
         # A method of some object is as changeable as that.
         return value.__self__ is None or isinstance(value.__self__, (types.ModuleType, type))
     return isinstance(value, _REFERENCES) or type(value) is CACHED
+
+
+class Opaque(nn.Module):
+    """Stands in for a module that can be called and nothing else."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__()
+        error = UntraceableError(reason)
+        for table in ("_parameters", "_buffers", "_modules"):
+            self.__dict__[table] = Unreadable(error)
 
 
 class Unreadable:

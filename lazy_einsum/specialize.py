@@ -26,6 +26,7 @@ from .passes import PASSES, Options
 from .passes.choose_paths import PLAN
 from .plan import Plan, make_plan, order_seconds
 from .recorder import Trace
+from .regions import restored
 from .signature import Arguments, Signature
 from .sizes import is_symbolic
 from .spec import EinsumSpec
@@ -341,15 +342,18 @@ def finish(function: Callable[..., Any], traced: Trace, grad: bool) -> Callable[
     grad mode back after an exception.
     """
     build = traced.result
-    if build is None and not traced.switches_grad:
+    if build is None and not traced.switches_grad and not traced.switches_modes:
         return function
 
     def run(*values: Any) -> Any:
-        if not traced.switches_grad:
-            result = function(*values)
-        else:
+        if traced.switches_modes:
+            with restored(grad):
+                result = function(*values)
+        elif traced.switches_grad:
             with torch.set_grad_enabled(grad):
                 result = function(*values)
+        else:
+            result = function(*values)
         return result if build is None else build(result)
 
     return run

@@ -190,7 +190,9 @@ def class_names(kind: type) -> frozenset[str]:
             function = function_of(member)
             if function is not None and level_of(function):
                 names.update(names_in(function.__code__))
-    return frozenset(name for name in names if any(name in vars(base) and base is not object for base in kind.__mro__))
+    return frozenset(
+        name for name in names if not name.startswith("__") and any(name in vars(base) for base in kind.__mro__)
+    )
 
 
 def read_by_function(function: types.FunctionType) -> Iterator[Reading]:
@@ -344,16 +346,18 @@ def _follow(
     if not _level_of_module(value):
         return
     present = set(dir(value) if isinstance(value, type) else vars(value))
+    plain = {name for name in own if not name.startswith("__")}
     # Methods that Python calls by itself are named nowhere.
-    called = own | {"__init__", "__call__", "__post_init__"} if isinstance(value, type) else own
+    called = plain | {"__init__", "__call__", "__post_init__"} if isinstance(value, type) else plain
     for name in sorted(called & present):
-        owner = (
-            next((base for base in value.__mro__ if name in vars(base)), value) if isinstance(value, type) else value
-        )
+        bases = value.__mro__ if isinstance(value, type) else ()
+        owner = next((base for base in bases if name in vars(base)), value)
+        if not _level_of_module(owner):
+            continue
         steps, found = _as_found(value, name)
         reading = Reading(start, (("member", name), *steps), found, level, own, Attribute(owner, name))
         yield from _follow_value(reading, seen, names)
-    for name in sorted((own & written) - present):
+    for name in sorted((plain & written) - present):
         yield Reading(start, (("member", name),), MISSING, level, own, Attribute(value, name))
 
 

@@ -19,6 +19,7 @@ RANKS = {
     "where": 0,
     "objects": 0,
     "impure": 1,
+    "regions": 0,
     "data": 0.5,
     "outside": 4,
     "spec": 1,

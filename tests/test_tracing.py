@@ -190,7 +190,6 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
         "torch.func|requires_grad_",
     ),
     "autocast inside": (program(autocast_inside), "autocast"),
-    "inference mode inside": (program(inference_inside), "inference mode"),
     "checkpoint": (program(lambda self, x: checkpointed(x, False)), "checkpointing"),
     "reentrant checkpoint": (program(lambda self, x: checkpointed(x, True)), "grad mode|autograd.Function"),
     "manual_seed": (program(seeded), "seeded"),
@@ -198,7 +197,6 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "Python's random": (program(lambda self, x: x * random.random()), "Python's random generator"),
     "NumPy's random": (program(lambda self, x: x * float(np.random.rand())), "NumPy's random generator"),
     "tensor hook": (program(hooks_tensor), "register_hook"),
-    "requires_grad set": (program(sets_requires_grad), "sets requires_grad"),
     "backward": (program(backward_inside), "requires_grad_|backward"),
     "item": (program(lambda self, x: x * x.sum().item()), "item"),
     "item, error swallowed": (program(swallows), "item"),
@@ -218,7 +216,6 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
         "copy.py",
     ),
     "own list returned": (program(lambda self, x: (x, self.log), log=lambda: [1, 2]), "belongs to the module"),
-    "TorchScript submodule": (lambda: nn.Sequential(torch.jit.script(nn.Linear(4, 3).double())), "TorchScript"),
 }
 
 
@@ -288,6 +285,9 @@ TRACED: dict[str, Callable[[], nn.Module]] = {
     "tensors in containers": program(
         lambda self, x: x * self.t[0] + self.t[1]["a"], t=lambda: [torch.tensor(3.0), {"a": torch.ones(4)}]
     ),
+    "inference mode inside": program(inference_inside),
+    "requires_grad set": program(sets_requires_grad),
+    "TorchScript submodule": lambda: nn.Sequential(torch.jit.script(nn.Linear(4, 3).double())),
     "global tensor": program(lambda self, x: x * GLOBAL),
     "tensor written": program(lambda self, x: x * self.t.add_(1), t=lambda: torch.zeros(4)),
     "function attribute": program(lambda self, x: self.act(x), act=lambda: F.silu),
@@ -378,6 +378,7 @@ def observe_twice(make: Callable[[], nn.Module], requires_grad: bool) -> tuple[l
     return found, wrapped, fallen
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
 @pytest.mark.parametrize("requires_grad", [False, True])
 @pytest.mark.parametrize("name", TRACED)
 def test_traced(name: str, requires_grad: bool) -> None:
