@@ -216,15 +216,26 @@ def with_eager_strides(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any],
     if not isinstance(result, torch.Tensor) or result.layout is not torch.strided:
         return result
     if _is_iterated(func):
-        stride = elementwise_strides(tuple(result.shape), list(_operands(func, args, kwargs)))
+        operands = list(_operands(func, args, kwargs))
+        if not all(map(_is_exact, operands)):
+            # Of symbolic sizes the rule would ask which is larger.
+            return result
+        stride = elementwise_strides(tuple(result.shape), operands)
         return result if stride == result.stride() else result.new_empty_strided(result.shape, stride)
-    if func.is_view and 1 in result.shape and is_fake(result) and func is not torch.ops.aten.as_strided.default:
+    if not func.is_view or func is torch.ops.aten.as_strided.default or not is_fake(result):
+        return result
+    if _is_exact((result.shape, result.stride())) and 1 in result.shape:
         tensors = {id(arg): empty_meta(arg) for arg in args if isinstance(arg, torch.Tensor)}
         with ambient_module.no_modes():
             stride = func(*with_tensors(args, tensors), **kwargs).stride()
         if stride != result.stride():
             return torch.as_strided(result, result.shape, stride, result.storage_offset())
     return result
+
+
+def _is_exact(operand: tuple[Sequence[Any], Sequence[Any]]) -> bool:
+    shape, stride = operand
+    return all(type(number) is int for number in (*shape, *stride))
 
 
 def _is_iterated(func: Any) -> bool:
@@ -238,7 +249,7 @@ def _is_iterated(func: Any) -> bool:
         tensors = [argument for argument in arguments if "Tensor" in str(argument.type)]
         is_kernel = torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CPU")
         found = (
-            torch.Tag.pointwise in func.tags
+            (torch.Tag.pointwise in func.tags or func.name() in _UNTAGGED)
             and (is_kernel or (func._overloadname == "Scalar" and len(tensors) == 1))
             and all(argument.alias_info is None for argument in arguments)
         )
@@ -247,6 +258,7 @@ def _is_iterated(func: Any) -> bool:
 
 
 _ITERATED: dict[Any, bool] = {}
+_UNTAGGED = frozenset({"aten::floor_divide"})
 
 
 def _operands(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[tuple[tuple[int, ...], Any]]:

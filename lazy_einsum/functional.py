@@ -11,8 +11,21 @@ import torch
 from torch import fx, nn
 
 from .errors import MemoryLimitError
-from .fakes import data_dependent_errors, fake_mode, is_fake
-from .graph import EVERYTHING, Facts, copy_graph, facts, is_einsum, read_einsum, stamp, tensor_nodes, type_of, writes
+from .fakes import EagerStrides, data_dependent_errors, fake_mode, is_fake
+from .graph import (
+    COPIES_AT_NEED,
+    EVERYTHING,
+    Copies,
+    Facts,
+    copy_graph,
+    facts,
+    is_einsum,
+    read_einsum,
+    stamp,
+    tensor_nodes,
+    type_of,
+    writes,
+)
 from .passes.canonicalize import canonicalize
 from .passes.choose_paths import choose_paths
 from .passes.fuse_einsums import fuse_einsums as fuse_einsums_pass
@@ -222,15 +235,17 @@ class EfficientShapeProp(fx.Interpreter):
     def __init__(self, module: nn.Module, garbage_collect_values: bool = True, graph: fx.Graph | None = None) -> None:
         super().__init__(module, garbage_collect_values, graph)
         self._storages: dict[int, tuple[int, Any]] = {}
+        self._copies = Copies()
         self._fake_mode = _mode_of()
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
         """Go through the graph for arguments like ``args``; the result consists of fake tensors."""
         self._storages.clear()
+        self._copies = Copies()
         self._fake_mode = _mode_of(args)
         fakes = torch.utils._pytree.tree_map(self._fake, tuple(args))
         # Without autograd, as example inputs may be leaves, which must not be written in place.
-        with self._fake_mode, torch.no_grad():
+        with self._fake_mode, EagerStrides(), torch.no_grad():  # type: ignore[no-untyped-call]
             return super().run(*fakes, **kwargs)
 
     def propagate(self, *args: Any) -> Any:
@@ -253,9 +268,18 @@ class EfficientShapeProp(fx.Interpreter):
             for tensor, version in zip(tensors, versions, strict=True)
             if _version(tensor) != version
         }
+        if self._called(n) in COPIES_AT_NEED and isinstance(result, torch.Tensor):
+            self._copies.note({self._storage(tensor) for tensor in (*tensors[:1], result)})
+        written = self._copies.reached(written)
         if n.op == "call_module" and _has_state_of_its_own(self.fetch_attr(str(n.target))):
             written = {EVERYTHING}
         return self._stamp(n, result, tuple(sorted(written)))
+
+    def _called(self, n: fx.Node) -> str:
+        """The name of what a node calls; that of ``nn.Flatten`` is ``"flatten"``."""
+        if n.op == "call_module":
+            return type(self.fetch_attr(str(n.target))).__name__.lower()
+        return str(getattr(n.target, "__name__", n.target))
 
     def _run(self, n: fx.Node) -> Any:
         if n.op == "get_attr":
@@ -399,9 +423,8 @@ def _keep_layouts(root: nn.Module, graph: fx.Graph, example_inputs: Sequence[Any
 
 
 # Calls whose result, or whether that is a view, depends on strides.
-_LAYOUT_CALLS = frozenset(
+_LAYOUT_CALLS = COPIES_AT_NEED | frozenset(
     {"view", "view_as", "as_strided", "stride", "is_contiguous", "data_ptr", "untyped_storage", "storage_offset"}
-    | {"reshape", "reshape_as", "flatten", "ravel", "contiguous"}
 )
 
 

@@ -160,6 +160,32 @@ def writes(node: fx.Node) -> tuple[int, ...]:
     return (EVERYTHING,) if inplace else ()
 
 
+COPIES_AT_NEED = frozenset({"reshape", "reshape_as", "flatten", "ravel", "contiguous"})
+"""Calls that give a view of their operand, or the operand itself, or a copy: as it lies in memory."""
+
+
+class Copies:
+    """Memory of values and of what calls that copy at need made of them.
+
+    Torch may be wrong about how a value without data lies (it is for the result of ``batch_norm``), and it may lie
+    otherwise for other sizes, so a write to the one is taken to be a write to the other.
+    """
+
+    def __init__(self) -> None:
+        self._linked: list[set[int]] = []
+
+    def note(self, memory: set[int]) -> None:
+        """Note the storages of the operand and of the result of one call."""
+        if len(memory) > 1:
+            self._linked.append(memory)
+
+    def reached(self, written: set[int]) -> set[int]:
+        """All that a write to these storages may write."""
+        while more := {number for memory in self._linked if memory & written for number in memory} - written:
+            written = written | more
+        return written
+
+
 class Writers:
     """The nodes of a graph that write memory, to ask what may be read, or kept for the backward pass, elsewhere.
 

@@ -52,8 +52,10 @@ from .fakes import (
 )
 from .graph import (
     CLOSED_DTYPES,
+    COPIES_AT_NEED,
     EVERYTHING,
     NUMBER,
+    Copies,
     Facts,
     Numbers,
     Writers,
@@ -62,6 +64,7 @@ from .graph import (
     is_order_free,
     read_einsum,
     stamp,
+    tensor_nodes,
     type_of,
 )
 from .impure import Watch
@@ -152,8 +155,7 @@ class _Net(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if torch.Tag.nondeterministic_seeded in func.tags:
             self.random = True
         result = func(*args, **(kwargs or {}))
-        # Of symbolic sizes the rule would ask which is larger.
-        return result if self.recorder.is_generic else with_eager_strides(func, args, kwargs or {}, result)
+        return with_eager_strides(func, args, kwargs or {}, result)
 
 
 def _tensors(value: Any) -> Iterator[torch.Tensor]:
@@ -198,6 +200,8 @@ class Recorder(TorchFunctionMode):
         self._symbols = symbols
         self.is_generic = symbols is not None
         self._guessed_layout = False
+        self._copies = Copies()
+        self._unsure_copies: set[int] = set()
         self.failure: UntraceableError | None = None
         self.shadows = Shadows(self._fake_state, self._live_call, is_leaf)
         self._net = _Net(self)
@@ -297,6 +301,7 @@ class Recorder(TorchFunctionMode):
             raise UntraceableError("forward calls a cached function, and writes to tensors that may be in its cache")
         writes = tuple(self._is_written(fake, written) for fake in given)
         self._erase_unused_reads()
+        self._check_copies(written)
         conditions = self._resolve_sizes() if self._symbols else ()
         return Trace(
             self.graph,
@@ -308,6 +313,22 @@ class Recorder(TorchFunctionMode):
             conditions,
             self._switches_modes,
         )
+
+    def _note_copy(self, memory: set[int]) -> None:
+        """Note the memory of the operand and of the result of a call that copies at need."""
+        self._copies.note(memory)
+        if self._guessed_layout:
+            own = {self._storage(tensor) for tensor in [*self._inputs, *self._state_fakes()]}
+            self._unsure_copies |= memory - own
+
+    def _check_copies(self, written: set[int]) -> None:
+        """Where generic code makes a view and eager a copy, for some sizes, nothing may tell."""
+        output = next(iter(reversed(self.graph.nodes)))
+        results = [known.storage for node in tensor_nodes(output.args) if (known := facts(node))]
+        if any(number in written or results.count(number) > 1 for number in self._unsure_copies):
+            raise NotGenericError(
+                "it depends on sizes whether a call behind an einsum copies, and forward writes or returns both values"
+            )
 
     def _resolve_sizes(self) -> tuple[str, ...]:
         """Write the sizes in all facts in terms of as few symbols as forward allows; what it needs of the symbols."""
@@ -571,6 +592,8 @@ class Recorder(TorchFunctionMode):
             raise self.fail("torch's random generator is seeded inside of forward")
         written = self._written()
         tensors = list(_tensors(result))
+        if name in COPIES_AT_NEED:
+            self._note_copy({self._storage(tensor) for tensor in (args[0], *tensors)})
         if not written:
             if not tensors:
                 raise self.fail(f"the result of {name} can't be recorded ({type(result).__name__})")
@@ -684,7 +707,7 @@ class Recorder(TorchFunctionMode):
         return self._may_move and self._modes == self._modes_at_start
 
     def _written(self) -> tuple[int, ...]:
-        numbers = {self._storage(tensor) for tensor in self._net.written}
+        numbers = self._copies.reached({self._storage(tensor) for tensor in self._net.written})
         # Memory that came into being inside the call (workspace) is nobody's business outside of it.
         known = {self._storage(entry.tensor) for entry in self._known.values()} if numbers else set()
         return tuple(sorted(numbers & known))

@@ -6,13 +6,14 @@ User code may do something else with a symbolic number than with a plain one, wh
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping
 from typing import Any
 
 from torch import fx
 
-from .graph import NUMBER, type_of
+from .graph import EVERYTHING, NUMBER, facts, type_of
 from .sizes import is_symbolic
 
 
@@ -64,4 +65,30 @@ def difference(exact: fx.Graph, generic: fx.Graph, symbols: Mapping[str, int | f
             layout = known.is_contiguous and not found.is_contiguous
             if known.dtype != found.dtype or known.shape != shape or layout:
                 return f"{found} instead of {known} at {mine.format_node()}"
+    return _difference_in_memory(exact, partner)
+
+
+def _difference_in_memory(exact: fx.Graph, partner: Mapping[fx.Node, fx.Node]) -> str | None:
+    """How two records differ in what writes reach and in which results share memory."""
+    for mine in exact.nodes:
+        first, second = facts(mine), facts(partner.get(mine, mine))
+        if first is None or second is None or not (first.writes or second.writes):
+            continue
+        for node, other in partner.items():
+            if _reaches(first.writes, node) != _reaches(second.writes, other):
+                return f"a write to {node.format_node()} or not at {mine.format_node()}"
+    results = next(node for node in exact.nodes if node.op == "output").all_input_nodes
+    for one, other in itertools.combinations(results, 2):
+        if _share(one, other) != _share(partner[one], partner[other]):
+            return f"memory shared by {one.format_node()} and {other.format_node()} or not"
     return None
+
+
+def _reaches(written: tuple[int, ...], node: fx.Node) -> bool:
+    known = facts(node)
+    return EVERYTHING in written or (known is not None and known.storage in written)
+
+
+def _share(one: fx.Node, other: fx.Node) -> bool:
+    first, second = facts(one), facts(other)
+    return first is not None and second is not None and None is not first.storage == second.storage

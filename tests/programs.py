@@ -817,6 +817,26 @@ def _(x, y):
     return w, z
 
 
+# Torch is wrong about the strides of these results on tensors without data: they are contiguous, so that the reshape is
+# a view.
+
+
+@program("write through a reshaped result of batch_norm", t(3, "n", 2, grad=False), t("n", 5))
+def _(x, y):
+    z = F.batch_norm(x.transpose(1, 2), None, None, training=True)
+    scaled = z * 2
+    z.reshape(-1).add_(1)
+    return einsum("ijk,kl->ijl", scaled, y)
+
+
+@program("write through a reshaped quotient of integers", t("n", 4), t(4, "n"), t("n", 5), second=False)
+def _(x, y, w):
+    z = torch.floor_divide(9 * y.detach(), x.t())
+    scaled = z * 2
+    z.reshape(-1).add_(1)
+    return einsum("ij,jk->ik", scaled, w)
+
+
 # -- modules as people write them -------------------------------------------------------------------------------------
 
 
