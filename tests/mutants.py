@@ -210,6 +210,7 @@ MUTANTS = [
         "state.py",
         '" and ".join([*least, *checks, *conditions])',
         '" and ".join([*least, *checks])',
+        "keys",
     ),
     _one(
         "a key without the grad mode",
