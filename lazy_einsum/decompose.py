@@ -13,7 +13,6 @@ from . import ambient as ambient_module
 from .fakes import fake_mode
 from .program import Call, Value
 from .signature import TensorType
-from .sizes import is_symbolic
 from .surroundings import USERS, Attribute, Reading
 
 
@@ -92,13 +91,11 @@ def eager_calls(equation: str, types: Sequence[TensorType]) -> list[Call] | None
         types: of the operands.
 
     Returns:
-        Calls on numbered values, operands first; ``None`` where that can't be told, or sizes vary.
+        Calls on numbered values, operands first; ``None`` where that can't be told.
 
     >>> [call.target for call in eager_calls("i,i->", [TensorType.of(torch.ones(3))] * 2)]
     ['permute', 'permute', 'permute', 'reshape', 'permute', 'reshape', 'bmm', 'reshape', 'permute', 'reshape']
     """
-    if any(is_symbolic(number) for known in types for number in (*known.shape, *known.stride)):
-        return None
     # Autocast goes by the device, which meta tensors have none of; they are ten times as fast as fakes.
     autocast = ambient_module.any_autocast()
     with ambient_module.no_modes(), fake_mode() if autocast else nullcontext(), torch.no_grad():

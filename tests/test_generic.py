@@ -256,18 +256,33 @@ def test_layouts_that_depend_on_sizes(function: Callable[..., Any], misses: int)
     assert wrapped.cache_info().misses == misses
 
 
+def test_a_copy_that_no_earlier_call_made() -> None:
+    def function(x: Tensor, y: Tensor, z: Tensor) -> Any:
+        product = einsum("ab,bc,cd->ad", x, y, z)  # contiguous or not: in the order that torch takes for these sizes
+        flat = product.reshape(-1)
+        flat.add_(1)
+        return product
+
+    wrapped, layouts = OptimizedModule(function), set()
+    for b, c in ((8, 30), (9, 31), (10, 32), (11, 33), (30, 2)):
+        args = (x_of(30, b), x_of(b, c), x_of(c, 8))
+        layouts.add(einsum("ab,bc,cd->ad", *args).is_contiguous())
+        assert differences(observe(wrapped, args), observe(function, args)) == []
+    assert layouts == {True, False}
+
+
 def test_operands_written_later() -> None:
     """An einsum of three that has to stay as it is stays so for all sizes."""
 
     def function(x: Tensor, y: Tensor) -> Tensor:
         square = x * x
-        product = einsum("bgv,bgv,qgv->vgq", square, square, square)
+        product = einsum("bgv,bgv,qgv,btv->vtgq", square, square, square, square)
         square.mul_(2)
         return product + y
 
     wrapped = OptimizedModule(function)
     for n in (3, 4, 5, 6, 7):
-        args = (x_of(n * 6, 4).view(n, 6, 4).requires_grad_(), torch.zeros(n, dtype=torch.float64))
+        args = (x_of(n * 6, 2).view(n, 6, 2).requires_grad_(), torch.zeros(n, dtype=torch.float64))
         assert differences(observe(wrapped, args), observe(function, args)) == []
     assert wrapped.cache_info().misses == 3
 
