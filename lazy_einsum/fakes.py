@@ -182,7 +182,8 @@ def multilinear(known: TensorType, operands: Sequence[torch.Tensor]) -> torch.Te
     connected as it is in eager mode. Called inside of ``fake_mode()``.
     """
     known = replace(known, requires_grad=False, is_leaf=True)
-    if not (torch.is_grad_enabled() and any(operand.requires_grad for operand in operands)):
+    records = torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
+    if not (records and any(operand.requires_grad for operand in operands)):
         return make_fake(known)
     result: torch.Tensor = _Multilinear.apply(known, *operands)  # type: ignore[no-untyped-call]
     return result

@@ -590,6 +590,8 @@ class Recorder(TorchFunctionMode):
             self._net.written.extend(_tensors(args))
         if self._net.random and not self._random_state.same_torch():
             raise self.fail("torch's random generator is seeded inside of forward")
+        if self._net.random and self._guessed_layout and any(map(self._is_made, _tensors((args, kwargs)))):
+            raise NotGenericError(f"{name} fills memory as it lies, behind an einsum whose layout depends on sizes")
         written = self._written()
         tensors = list(_tensors(result))
         if name in COPIES_AT_NEED:
@@ -606,11 +608,13 @@ class Recorder(TorchFunctionMode):
 
     def _query(self, func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The answer to a question about a tensor, where sizes are symbolic."""
-        if self._guessed_layout and name in LAYOUT_QUERIES:
-            known = [tensor for tensor in _tensors(args) if is_fake(tensor)]
-            if not all(any(tensor is own for own in self._inputs) for tensor in known):
-                raise NotGenericError(f"forward asks for {name} behind an einsum whose layout depends on sizes")
+        if self._guessed_layout and name in LAYOUT_QUERIES and any(map(self._is_made, _tensors(args))):
+            raise NotGenericError(f"forward asks for {name} behind an einsum whose layout depends on sizes")
         return seen(func(*args, **kwargs))
+
+    def _is_made(self, tensor: torch.Tensor) -> bool:
+        """Whether ``forward`` computed a tensor."""
+        return is_fake(tensor) and not any(tensor is own for own in self._inputs)
 
     def _shortcut(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor | None:
         """The fake result of an einsum of several operands, without running its dozens of steps on fakes (8 ms for

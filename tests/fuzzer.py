@@ -108,7 +108,7 @@ EFFECTS = replace(
 KEYS = replace(
     EVERYTHING,
     name="keys",
-    weights={"einsum": 4, "matmul": 1, "scalar": 3, "binary": 1, "view": 1, "introspect": 4},
+    weights={"einsum": 4, "matmul": 1, "scalar": 3, "binary": 1, "view": 1, "introspect": 4, "branch": 1},
     statements=(2, 6),
 )
 
@@ -1075,7 +1075,7 @@ class Call(NamedTuple):
     other_layout: bool = False
     flip_requires_grad: bool = False
     other_dtype: bool = False
-    #: Inputs of one shape and dtype are one tensor, or one a view of the other.
+    #: Inputs that could be are one tensor, ``"same"``, or memory of one, ``"view"``.
     shared: str = ""
     inference: bool = False
     autocast: bool = False
@@ -1119,6 +1119,8 @@ def calls_of(program: Program) -> list[Call]:
     chosen = [random.Random(program.seed).choice(possible)]
     words = {"stride": strides, "contiguous": strides, "requires_grad": flipped, "dtype": dtype}
     chosen += [call for word, call in words.items() if word in program.body]
+    if re.search(r"^ *x\d(\.\w+_\(|\[.*\] .?= | .= )", program.body, flags=re.MULTILINE):
+        chosen += [call for call in possible if call.shared == "view"]
     return calls + [call for call in possible if call in chosen]
 
 
@@ -1150,9 +1152,7 @@ def _call(
         _change_state(module, call.state)
     passed = [x if leaf else x.clone() for x, leaf in zip(leaves, is_leaf)]
     if call.shared:
-        for number, x in enumerate(passed):
-            first = next(y for y in passed if y.shape == x.shape and y.dtype == x.dtype)
-            passed[number] = x if x is first else first if call.shared == "same" else first.view_as(first)
+        passed = [_within(x, passed[:number], call.shared) for number, x in enumerate(passed)]
     module.train(call.train)
     wanted = {item.name: x for item, x in zip(program.inputs, leaves)}
     wanted.update(module.named_parameters())
@@ -1169,6 +1169,18 @@ def _call(
             stack.enter_context(rounding)
         second = call == FIRST and program.seed % 3 == 0
         return observe(target, tuple(passed), kwargs, module=module, leaves=wanted, second=second)
+
+
+def _within(x: Tensor, others: Sequence[Tensor], shared: str) -> Tensor:
+    """``x``, or a tensor of its type that shares the memory of one of ``others``."""
+    for other in others:
+        if other.dtype != x.dtype:
+            continue
+        if other.shape == x.shape:
+            return other if shared == "same" else other.view_as(other)
+        if shared == "view" and other.is_contiguous() and x.numel() <= other.numel():
+            return other.view(-1)[: x.numel()].view(x.shape)
+    return x
 
 
 def _change_state(module: nn.Module, how: str) -> None:
@@ -1332,6 +1344,8 @@ def main() -> int:
     start = time.perf_counter()
     for seed in range(options.seed, options.seed + options.count):
         program = generate(seed, PROFILES[options.profile])
+        if (seed - options.seed) % 500 == 499:
+            print(f"{seed - options.seed + 1} programs, {len(failures)} failed", file=sys.stderr, flush=True)
         if options.count == 1:
             print(program.reproduction(0))
         failure = check_against(options.against, program)

@@ -119,6 +119,13 @@ MUTANTS = [
         "effects",
     ),
     _one(
+        "work takes the grad mode of the factors that cancelled behind it",
+        "passes/fuse_scalars.py",
+        "replace(known, grad=before.grad, movable=before.movable)",
+        "known",
+        "effects",
+    ),
+    _one(
         "factors that cancel give the operand itself",
         "passes/fuse_scalars.py",
         "if value.factor.value == 1 and value.private and same_type:",
@@ -188,7 +195,7 @@ MUTANTS = [
     Mutant(
         "a key without the types of constants",
         (
-            ("signature.py", "self._key = (type(value), _bits(value))", "self._key = (_bits(value),)"),
+            ("data.py", "self._key = (type(value), _bits(value))", "self._key = (_bits(value),)"),
             ("state.py", "elif type(value) in (int, float, str, bytes):", "elif type(value) in (int, float):"),
             (
                 "state.py",
@@ -210,6 +217,7 @@ MUTANTS = [
         "state.py",
         '" and ".join([*least, *checks, *conditions])',
         '" and ".join([*least, *checks])',
+        "keys",
     ),
     _one(
         "a key without the grad mode",

@@ -817,6 +817,18 @@ def _(x, y):
     return w, z
 
 
+@program("factors that cancel in two regions without gradients", t("n", 4), not_for_fx="plain fx sees no grad modes")
+def _(x):
+    with torch.no_grad():
+        quarter = x / 4
+        same = 4 * quarter
+    total = einsum("ad->d", same)
+    with torch.no_grad():
+        quarter = total / 4
+        again = 4 * quarter
+    return x + again
+
+
 # Torch is wrong about the strides of these results on tensors without data: they are contiguous, so that the reshape is
 # a view.
 

@@ -214,6 +214,79 @@ def test_sizes_that_come_often_get_code_of_their_own() -> None:
     assert "size" not in last.code
 
 
+def _written_copy(x: Tensor, y: Tensor, z: Tensor) -> Any:
+    product = einsum("ab,bc,cd->da", x, y, z)  # not contiguous in eager mode
+    flat = product.reshape(-1)
+    flat.add_(1)
+    return product, flat
+
+
+def _written_product(x: Tensor, y: Tensor, z: Tensor) -> Any:
+    product = einsum("ab,bc,cd->da", x, y, z)
+    flat = product.contiguous()
+    product.mul_(2)
+    return flat
+
+
+def _two_results(x: Tensor, y: Tensor, z: Tensor) -> Any:
+    product = einsum("ab,bc,cd->da", x, y, z)
+    return product, product.contiguous()
+
+
+def _noise(x: Tensor, y: Tensor, z: Tensor) -> Any:
+    return torch.nn.functional.dropout(einsum("ab,bc,cd->da", x, y, z))
+
+
+def _one_result(x: Tensor, y: Tensor, z: Tensor) -> Any:
+    return einsum("ab,bc,cd->da", x, y, z).reshape(-1) * 2
+
+
+@pytest.mark.parametrize(
+    ("function", "misses"),
+    [(_written_copy, 5), (_written_product, 5), (_two_results, 5), (_noise, 5), (_one_result, 3)],
+)
+def test_layouts_that_depend_on_sizes(function: Callable[..., Any], misses: int) -> None:
+    """How an einsum of three lies depends on sizes; whether a later call copies, and where it puts which random number,
+    must be as in eager mode.
+    """
+    wrapped = OptimizedModule(function)
+    for n in (3, 4, 5, 6, 7):
+        args = (x_of(n, 3), x_of(3, 5), x_of(5, 4))
+        assert differences(observe(wrapped, args), observe(function, args)) == []
+    assert wrapped.cache_info().misses == misses
+
+
+def test_a_copy_that_no_earlier_call_made() -> None:
+    def function(x: Tensor, y: Tensor, z: Tensor) -> Any:
+        product = einsum("ab,bc,cd->ad", x, y, z)  # contiguous or not: in the order that torch takes for these sizes
+        flat = product.reshape(-1)
+        flat.add_(1)
+        return product
+
+    wrapped, layouts = OptimizedModule(function), set()
+    for b, c in ((8, 30), (9, 31), (10, 32), (11, 33), (30, 2)):
+        args = (x_of(30, b), x_of(b, c), x_of(c, 8))
+        layouts.add(einsum("ab,bc,cd->ad", *args).is_contiguous())
+        assert differences(observe(wrapped, args), observe(function, args)) == []
+    assert layouts == {True, False}
+
+
+def test_operands_written_later() -> None:
+    """An einsum of three that has to stay as it is stays so for all sizes."""
+
+    def function(x: Tensor, y: Tensor) -> Tensor:
+        square = x * x
+        product = einsum("bgv,bgv,qgv,btv->vtgq", square, square, square, square)
+        square.mul_(2)
+        return product + y
+
+    wrapped = OptimizedModule(function)
+    for n in (3, 4, 5, 6, 7):
+        args = (x_of(n * 6, 2).view(n, 6, 2).requires_grad_(), torch.zeros(n, dtype=torch.float64))
+        assert differences(observe(wrapped, args), observe(function, args)) == []
+    assert wrapped.cache_info().misses == 3
+
+
 @pytest.mark.parametrize(("dynamic", "misses"), [(None, 3), (True, 2), (False, 5)])
 def test_dynamic(dynamic: bool | None, misses: int) -> None:
     wrapped = OptimizedModule(_module(CASES[0]), dynamic=dynamic)

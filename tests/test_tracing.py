@@ -421,6 +421,18 @@ def test_nothing_is_computed_and_nothing_kept() -> None:
     assert weak[0]() is None and weak[1]() is None
 
 
+def test_grad_mode_switched_on_in_inference_mode() -> None:
+    def function(x: Tensor) -> Tensor:
+        with torch.enable_grad():
+            y = einsum("ij,kj->ik", x, x)
+            return einsum("ik,kj->ij", y, x)
+
+    for x in (x34(), x34().requires_grad_()):
+        wrapped = OptimizedModule(function, on_untraceable="raise")
+        with torch.inference_mode():
+            assert differences(observe(wrapped, (x,)), observe(function, (x,))) == []
+
+
 def laid_out(shape: tuple[int, ...], strides: tuple[int, ...]) -> Tensor:
     return torch.ones(1000, dtype=torch.float64).as_strided(shape, strides)
 

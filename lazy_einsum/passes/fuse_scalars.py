@@ -205,7 +205,11 @@ class _Gather:
         )
         if value.factor.value == 1 and value.private and same_type:
             core = value.core
+            before = facts(core)
             core.meta = dict(node.meta)
+            if known is not None and before is not None:
+                # It still runs where it stands, which may be another grad mode.
+                stamp(core, replace(known, grad=before.grad, movable=before.movable))
             return core
         scaled = self.new.call_function(operator.mul, (value.core, value.factor.number))
         scaled.meta = dict(node.meta)
