@@ -435,6 +435,9 @@ _NUMBER_FUNCTIONS: dict[str, Callable[..., Any]] = {
     "float": float,
     "int": int,
     "math.sqrt": math.sqrt,
+    "math.ceil": math.ceil,
+    "math.floor": math.floor,
+    "math.trunc": math.trunc,
 }
 
 

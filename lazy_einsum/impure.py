@@ -43,7 +43,6 @@ for _module, _names in (
 _METHODS: dict[str, type] = {
     **dict.fromkeys(("write", "writelines"), io.IOBase),
     **dict.fromkeys(("now", "utcnow", "today"), datetime.date),
-    **dict.fromkeys(("get", "set"), contextvars.ContextVar),
     **dict.fromkeys(("initial_seed", "get_state", "set_state", "seed", "manual_seed"), torch.Generator),
 }
 
@@ -73,11 +72,18 @@ class Watch:
     Args:
         refuse: makes the error for a reason.
         is_own: whether a module is a stand-in of this trace, so that its calls are seen anyway.
+        use: called with each context variable that is used, and the name of the method.
     """
 
-    def __init__(self, refuse: Callable[[str], Exception], is_own: Callable[[nn.Module], bool]) -> None:
+    def __init__(
+        self,
+        refuse: Callable[[str], Exception],
+        is_own: Callable[[nn.Module], bool],
+        use: Callable[[contextvars.ContextVar[Any], str], None],
+    ) -> None:
         self._refuse = refuse
         self._is_own = is_own
+        self._use = use
         self._running = False
         self._pauses = 0
 
@@ -109,6 +115,11 @@ class Watch:
         reason = None
         if event == "c_call":
             reason = _reason(argument)
+            owner = getattr(argument, "__self__", None)
+            if type(owner) is contextvars.ContextVar and not _is_internal(frame):
+                self.pause()
+                self._use(owner, argument.__name__)
+                self.resume()
         elif event == "call":
             code = frame.f_code
             reason = _CODE.get(code) or _FILES.get(code.co_filename)

@@ -4,6 +4,7 @@ calls of submodules that are specialized where the whole is not.
 
 from __future__ import annotations
 
+import sys
 import weakref
 from collections.abc import Callable
 from dataclasses import replace
@@ -88,6 +89,14 @@ def is_compiled(module: nn.Module) -> bool:
 def has_own_call(module: nn.Module) -> bool:
     """Whether the class of ``module`` has a ``__call__`` of its own."""
     return type(module).__call__ is not nn.Module.__call__
+
+
+def is_made_by_compile(module: nn.Module) -> bool:
+    """Whether ``module`` is what ``torch.compile(module)`` gives. (Its class has no public name, and lies in a module
+    that takes seconds to import.)
+    """
+    dynamo = sys.modules.get("torch._dynamo.eval_frame")
+    return dynamo is not None and isinstance(module, dynamo.OptimizedModule)
 
 
 def is_part(module: nn.Module) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 import sys
 import types
@@ -21,7 +22,8 @@ from .surroundings import CACHED, MISSING, USERS, Outer, Reading, function_of, l
 MAX_ITEMS = 64
 """What holds more plain data than this is taken for a registry, which changes without changing results."""
 
-_MAX_TENSORS = 10_000
+_MAX_WALKED = 100_000
+_MAX_COPIED = 10_000
 _MAX_WATCHED = 256
 
 _REFERENCES = (types.FunctionType, types.BuiltinFunctionType, type, property, staticmethod)
@@ -43,7 +45,8 @@ class Outside:
 
     def __init__(self, note: Note) -> None:
         self._note = note
-        self._tensors: dict[int, tuple[torch.Tensor, Path]] = {}
+        self._readings: list[tuple[Any, Path]] = []
+        self._tensors: dict[int, tuple[torch.Tensor, Path]] | None = None
         self._variables: dict[Outer, Any] = {}
         self._watched: dict[int, tuple[Any, Any, str]] = {}  # id -> container, copy of it, where it was found
         self._caches: dict[int, tuple[Any, Any]] = {}
@@ -65,8 +68,8 @@ class Outside:
             path: Path = (("outer", reading.start), *reading.steps)
             _refuse_streams(reading)
             self._watch(reading.value, str(reading.variable))
-            for place, tensor in _Walk(_MAX_TENSORS).tensors(reading.value, path):
-                self._tensors.setdefault(id(tensor), (tensor, place))
+            self._readings.append((reading.value, path))
+            self._tensors = None
             if reading.level == USERS or is_constant(reading.value):
                 found = _Walk(4 * MAX_ITEMS).facts(reading.value, path, reading.names)
                 for item in found if sum(isinstance(fact, Constant) for _, fact, _ in found) <= MAX_ITEMS else ():
@@ -74,8 +77,14 @@ class Outside:
 
     def find(self, tensor: torch.Tensor) -> Path | None:
         """Where ``tensor`` lies."""
-        known = self._tensors.get(id(tensor))
-        return known[1] if known is not None else None
+        if self._tensors is None:  # few modules ask, and what can be reached may be large
+            walk = _Walk(_MAX_WALKED)
+            found = itertools.chain.from_iterable(walk.tensors(value, path) for value, path in self._readings)
+            self._tensors = {}
+            for place, known in found:
+                self._tensors.setdefault(id(known), (known, place))
+        place_of = self._tensors.get(id(tensor))
+        return place_of[1] if place_of is not None else None
 
     def restore(self, report: bool = True) -> str | None:
         """Undo what ``forward`` did to variables, containers and objects; the name of one that it changed (now or,
@@ -100,7 +109,8 @@ class Outside:
 
     def forget(self) -> None:
         """Drop everything."""
-        self._tensors.clear()
+        self._readings.clear()
+        self._tensors = None
         self._variables.clear()
         self._watched.clear()
         self._caches.clear()
@@ -114,10 +124,10 @@ class Outside:
                 continue
             inside: Iterable[Any] = ()
             if isinstance(item, (dict, list, set, deque)):
-                if len(item) > _MAX_TENSORS:
+                if len(item) > _MAX_COPIED:
                     continue
                 self._watched[id(item)] = item, _copy(item), name
-                inside = item.values() if isinstance(item, dict) else item
+                inside = dict.values(item) if isinstance(item, dict) else item
             elif type(item) is tuple:
                 inside = item
             elif (
@@ -126,7 +136,7 @@ class Outside:
                 and _is_object(item)
             ):
                 # (Not those of the standard library: other threads may be waiting for each other by them.)
-                self._watched[id(item)] = item.__dict__, dict(item.__dict__), name
+                self._watched[id(item)] = item.__dict__, _copy(item.__dict__), name
                 inside = item.__dict__.values()
             todo.extend(item for item in inside if not is_constant(item))
 
@@ -216,13 +226,13 @@ class _Walk:
                 yield from self._facts(item, (*path, (where_lies(kind, name), name)), names)
 
     def tensors(self, value: Any, path: Path) -> Iterator[tuple[Path, torch.Tensor]]:
-        """All tensors and where they lie."""
+        """All tensors and where they lie; of what can be reached in several ways, one."""
         if isinstance(value, torch.Tensor):
             yield path, value
             return
         if is_constant(value) or not self._enters(value):
             return
-        self._above.add(id(value))
+        self._above.add(id(value))  # for good: nothing is entered twice
         steps: Iterable[tuple[Any, Any]] = ()
         if isinstance(value, (list, tuple, deque)):
             steps = ((("item", number), item) for number, item in enumerate(value))
@@ -233,7 +243,6 @@ class _Walk:
             steps = (((where_lies(kind, name), name), item) for name, item in attributes_of(value).items())
         for step, item in steps:
             yield from self.tensors(item, (*path, step))
-        self._above.discard(id(value))
 
 
 def _names_of(kind: type) -> frozenset[str]:
@@ -242,8 +251,15 @@ def _names_of(kind: type) -> frozenset[str]:
     return frozenset().union(*(names_in(f.__code__) for f in functions if f is not None and level_of(f)))
 
 
+# By the methods of the built-in classes: what a class of its own makes of a look-up or an assignment (a registry that
+# gives instances for the classes that it holds) is not to happen.
+def _items(value: dict[Any, Any]) -> list[tuple[Any, Any]]:
+    keys = OrderedDict.__iter__(value) if isinstance(value, OrderedDict) else dict.__iter__(value)
+    return [(key, dict.__getitem__(value, key)) for key in keys]
+
+
 def _copy(value: Any) -> Any:
-    return dict(value) if isinstance(value, dict) else list(value)
+    return _items(value) if isinstance(value, dict) else list(value)
 
 
 def _same_items(value: Any, before: Any) -> bool:
@@ -251,16 +267,18 @@ def _same_items(value: Any, before: Any) -> bool:
     if len(value) != len(before):
         return False
     if isinstance(value, dict):
-        return all(a is b and value[a] is before[b] for a, b in zip(value, before, strict=True))
+        pairs = zip(_items(value), before, strict=True)
+        return all(a is b and mine is theirs for (a, mine), (b, theirs) in pairs)
     if isinstance(value, set):
         return {id(item) for item in value} == {id(item) for item in before}
     return all(a is b for a, b in zip(value, before, strict=True))
 
 
 def _refill(value: Any, before: Any) -> None:
-    value.clear()
+    kind: Any = next(kind for kind in (OrderedDict, dict, set, deque, list) if isinstance(value, kind))
+    kind.clear(value)
     if isinstance(value, dict):
-        for key, item in before.items():
-            value[key] = item
+        for key, item in before:
+            kind.__setitem__(value, key, item)
     else:
-        (value.update if isinstance(value, set) else value.extend)(before)
+        (kind.update if kind is set else kind.extend)(value, before)

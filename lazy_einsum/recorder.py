@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextvars
 import copy
 import gc
 import itertools
@@ -74,7 +75,7 @@ from .shadow import Shadows
 from .signature import Alias, Arguments, Symbol, TensorType, contiguous_strides
 from .sizes import is_symbolic
 from .state import Path, Reads, path_name
-from .surroundings import read_by_function
+from .surroundings import MISSING, ContextValue, read_by_function
 from .symbols import NotGenericError, Symbols, is_symbol, plain, seen
 from .where import asked_by_torch, user_line
 
@@ -98,6 +99,7 @@ class Trace:
         switches_grad: whether ``forward`` switches the grad mode on the way.
         conditions: on the symbols among the arguments, as Python expressions, that make the graph right.
         switches_modes: whether it switches others.
+        absent: attributes that ``forward`` asked tensors among the arguments (by number) for, and that these lack.
     """
 
     graph: fx.Graph
@@ -108,6 +110,7 @@ class Trace:
     switches_grad: bool
     conditions: tuple[str, ...] = ()
     switches_modes: bool = False
+    absent: tuple[tuple[int, str], ...] = ()
 
 
 @dataclass(slots=True)
@@ -205,11 +208,14 @@ class Recorder(TorchFunctionMode):
         self.failure: UntraceableError | None = None
         self.shadows = Shadows(self._fake_state, self._live_call, is_leaf)
         self._net = _Net(self)
-        self._watch = Watch(self.fail, self.shadows.is_shadow)
+        self._context = dict(contextvars.copy_context().items())
+        self._variables: list[contextvars.ContextVar[Any]] = []
+        self._watch = Watch(self.fail, self.shadows.is_shadow, self._use_variable)
         self._known: dict[int, _Known] = {}
         self._storages: dict[int, tuple[int, Any]] = {}
         self._weak: list[weakref.ref[torch.Tensor]] = []
         self._inputs: list[torch.Tensor] = []
+        self._absent: set[tuple[int, str]] = set()
         self._state: dict[str, Path] = {}
         self._live_of: dict[int, torch.Tensor] = {}
         self._state_of: dict[int, tuple[torch.Tensor, TensorType, Path]] = {}
@@ -228,7 +234,15 @@ class Recorder(TorchFunctionMode):
     # -- running
 
     def run(self, function: Any, arguments: Arguments) -> Any:
-        """Run ``function`` on fakes of ``arguments`` under all three layers; its result."""
+        """Run ``function`` on fakes of ``arguments`` under all three layers, in a context of its own; its result."""
+        context = contextvars.copy_context()
+        result = context.run(self._run, function, arguments)
+        for variable in self._variables:
+            if self._context.get(variable, MISSING) is not context.get(variable, MISSING):
+                raise UntraceableError(f"forward sets {ContextValue(variable)}")
+        return result
+
+    def _run(self, function: Any, arguments: Arguments) -> Any:
         if ambient_module.keeps_parametrized():
             raise UntraceableError("torch.nn.utils.parametrize.cached() is active")
         fakes: list[Any] = []
@@ -277,6 +291,17 @@ class Recorder(TorchFunctionMode):
                 if is_symbolic(size):
                     self._numbers.define(str(size), node, dim)
 
+    def _use_variable(self, variable: contextvars.ContextVar[Any], method: str) -> None:
+        """Put the value of a context variable into the key, unless forward has set it itself."""
+        self._variables.append(variable)
+        if method == "get" and contextvars.copy_context().get(variable, MISSING) is self._context.get(
+            variable, MISSING
+        ):
+            place = ContextValue(variable)
+            if place.get() is MISSING:
+                raise self.fail(f"forward asks for {place}, which has no value")
+            self.shadows.lift(place.get(), (("outer", place),))
+
     def _check_containers(self, structure: Structure, given: Any, fakes: list[Any], result: Any) -> None:
         """The user's own lists and dictionaries must be as they were; ``forward`` ran on copies of them."""
         leaves: list[Any] = []
@@ -312,6 +337,7 @@ class Recorder(TorchFunctionMode):
             self._switched,
             conditions,
             self._switches_modes,
+            tuple(sorted(self._absent)),
         )
 
     def _note_copy(self, memory: set[int]) -> None:
@@ -450,11 +476,13 @@ class Recorder(TorchFunctionMode):
         )
 
     def _read_attribute(self, tensor: torch.Tensor, name: str) -> Any:
-        """An attribute that the user gave to a tensor."""
+        """An attribute that the user may have given to a tensor."""
         known = self._state_of.get(id(tensor))
-        if known is None:
-            raise self.fail(f"forward asks a tensor for {name}, which is no attribute of all tensors")
-        return self.shadows.attribute(self._live_of[id(tensor)], known[2], name)
+        if known is not None:
+            return self.shadows.attribute(self._live_of[id(tensor)], known[2], name)
+        # What is made inside has none, and that arguments have none is in the key.
+        self._absent.update((number, name) for number, own in enumerate(self._inputs) if own is tensor)
+        raise AttributeError(f"'Tensor' object has no attribute {name!r}")
 
     def _set_attribute(self, tensor: torch.Tensor, name: str) -> UntraceableError:
         return self.fail(f"forward gives a tensor the attribute {name}")

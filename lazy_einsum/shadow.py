@@ -23,8 +23,8 @@ from torch import nn
 from . import ambient as ambient_module
 from .data import Constant, array_constant, is_array, is_constant, is_namedtuple
 from .errors import UntraceableError
-from .live import is_compiled
-from .objects import attributes_of, may_stand_in, where_lies
+from .live import is_compiled, is_made_by_compile
+from .objects import attributes_of, is_its_attributes, may_stand_in, slots_of, where_lies
 from .objects import stand_in as make_stand_in
 from .outside import Outside
 from .signature import TensorType
@@ -178,7 +178,7 @@ class Shadows:
             return "it is a leaf module"
         if any(live.__dict__.get(key) for key in _HOOKS):
             return "it has hooks"
-        if is_compiled(live) or isinstance(live, _compiled_class()):
+        if is_compiled(live) or is_made_by_compile(live):
             return "it is compiled"
         return None
 
@@ -229,9 +229,24 @@ class Shadows:
             self.note(path, ModuleClass(kind))
             read = functools.partial(self.attribute, value, path)
             stand_in = make_stand_in(value, read, functools.partial(self._refuse, path))
+        elif is_its_attributes(kind) and not slots_of(kind):
+            stand_in = self._object(value, path)
         else:
             stand_in = self._container(value, path)
         self._seen[id(value)] = (value, stand_in, path)
+        return stand_in
+
+    def _object(self, live: Any, path: Path) -> Any:
+        """The stand-in for an object whose class has its own way with attributes (a configuration of transformers), so
+        that none can be told to be read: all of them are.
+        """
+        own = attributes_of(live)
+        self.note(path, Container(type(live), tuple(own)))
+        stand_in = object.__new__(type(live))
+        self._seen[id(live)] = (live, stand_in, path)
+        attributes = {name: self._lift_unread(value, (*path, ("attribute", name))) for name, value in own.items()}
+        stand_in.__dict__.update(attributes)
+        self._originals.append((stand_in.__dict__, attributes, path))
         return stand_in
 
     def _lift_unread(self, value: Any, path: Path) -> Any:
@@ -465,11 +480,6 @@ class _Hooks(OrderedDict[int, Any]):
 
     def __setitem__(self, key: int, value: Any) -> None:
         raise UntraceableError("forward registers a hook on a module")
-
-
-def _compiled_class() -> type:
-    """The class of what ``torch.compile(module)`` gives. (It has no public name.)"""
-    return torch._dynamo.eval_frame.OptimizedModule
 
 
 def _is_reference(value: Any) -> bool:

@@ -331,7 +331,8 @@ def specialize(
         reads = (*reads, (WRITTEN, "shared by inputs" if overlapping else "of its own for each input"))
     conditions = (*traced.conditions, *plan_conditions(arguments, fused, options, traced.conditions))
     exceptions: set[Any] = set()
-    guard = compile_guard(arguments, ambient, traced.reads, list(state.values()), overlap, conditions, exceptions)
+    wanted = list(state.values())
+    guard = compile_guard(arguments, ambient, traced.reads, wanted, overlap, conditions, exceptions, traced.absent)
     signature = Signature(arguments, ambient, reads, name, conditions)
     seconds = time.perf_counter() - start
     return Specialization(signature, traced.graph, graph, stages, plans, guard, run, state, module, seconds, exceptions)

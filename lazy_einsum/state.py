@@ -23,7 +23,7 @@ from . import ambient as ambient_module
 from .data import Constant, Structure, array_constant, take_apart
 from .signature import Alias, Arguments, Symbol, TensorType
 from .sizes import is_symbolic
-from .surroundings import Cell, GlobalName
+from .surroundings import Cell, ContextValue, GlobalName
 
 How = Literal["module", "parameter", "buffer", "attribute", "member", "item", "call", "outer"]
 Path = tuple[tuple[How, Any], ...]
@@ -352,6 +352,9 @@ def _object(writer: _Writer, path: Path) -> str:
             return writer.local(path, f"{writer.name(key.namespace)}[{key.name!r}]")
         if isinstance(key, Cell):
             return writer.local(path, f"{writer.name(key.cell)}.cell_contents")
+        if isinstance(key, ContextValue):
+            # With the default of its own: what has none raises LookupError, as it does in forward.
+            return writer.local(path, f"{writer.name(key.variable)}.get()")
         return writer.local(path, f"{writer.name(key.owner)}.{key.name}")
     table = {"module": "['_modules']", "parameter": "['_parameters']", "buffer": "['_buffers']", "attribute": ""}[how]
     return writer.local(path, f"{_dict(writer, parent)}{table}[{key!r}]")
@@ -415,6 +418,7 @@ def compile_guard(
     overlap: Callable[..., bool] | None = None,
     conditions: Sequence[str] = (),
     exceptions: set[Any] | None = None,
+    absent: Sequence[tuple[int, str]] = (),
 ) -> Guard:
     """A function ``(module, args, kwargs)`` that gives what the specialized code takes, or ``None`` where anything that
     was read has changed.
@@ -429,6 +433,7 @@ def compile_guard(
         overlap: where given, called with all tensors (arguments, then state); the guard fails where it returns false.
         conditions: on the symbols among the arguments, as Python expressions.
         exceptions: values of the symbols (a tuple, where there are several) for which the guard fails; it may change.
+        absent: attributes that tensors among the arguments (by number) must not have.
     """
     writer = _Writer()
     modes = dict(ambient)
@@ -451,6 +456,8 @@ def compile_guard(
             f"{writer.name(ambient_module.bypass)}() is None and {writer.name(ambient_module.ambient)}() == "
             f"{writer.name(ambient)}"
         )
+    for number, name in absent:
+        writer.require(f"not hasattr({inputs[number]}, {name!r})")
     if arguments.symbols:
         names = ", ".join(arguments.symbols)
         but = f"({names}) not in {writer.name(exceptions)}" if exceptions is not None else "True"

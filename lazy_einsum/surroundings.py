@@ -8,6 +8,7 @@ side: plain data that is found enters the key by its value, a tensor where it is
 
 from __future__ import annotations
 
+import contextvars
 import dis
 import functools
 import inspect
@@ -121,7 +122,27 @@ class Attribute:
         return f"{self.owner.__name__}.{self.name}"
 
 
-Outer = GlobalName | Cell | Attribute
+@dataclass(frozen=True, slots=True)
+class ContextValue:
+    """The value of a context variable."""
+
+    variable: contextvars.ContextVar[Any]
+
+    def get(self) -> Any:
+        """Its present value; ``MISSING`` where it has none, and no default."""
+        try:
+            return self.variable.get()
+        except LookupError:
+            return MISSING
+
+    def set(self, value: Any) -> None:
+        """Nothing: a trace runs in a context of its own."""
+
+    def __str__(self) -> str:
+        return f"the context variable {self.variable.name}"
+
+
+Outer = GlobalName | Cell | Attribute | ContextValue
 Steps = tuple[tuple[Literal["member", "item"], Any], ...]
 
 USERS, INSTALLED, TRUSTED = 2, 1, 0

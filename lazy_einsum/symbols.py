@@ -294,7 +294,9 @@ def _symbol(name: str) -> Any:
     return sympy.Symbol(name, integer=True, positive=True) if name[0] == "s" else sympy.Symbol(name, real=True)
 
 
-_FUNCTIONS = {"torch.sym_float": "float", "torch._sym_sqrt": "math.sqrt", "math.sqrt": "math.sqrt"}
+_FUNCTIONS = {"torch.sym_float": "float", "torch._sym_sqrt": "math.sqrt"} | {
+    name: name for name in ("math.sqrt", "math.ceil", "math.floor", "math.trunc")
+}
 _BUILTINS = frozenset({"max", "min", "float", "int", "abs"})
 _ALLOWED = (
     *(ast.Expression, ast.BinOp, ast.UnaryOp, ast.BoolOp, ast.Compare, ast.Constant, ast.Name, ast.Load, ast.Call),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import types
+from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
@@ -109,3 +110,23 @@ def test_changes_are_undone_and_refused(monkeypatch: pytest.MonkeyPatch) -> None
             assert torch.equal(wrapped(x), x)
         assert torch.equal(wrapped(x), 2 * x)
     assert COUNT == 2 and seen == [0, 1]
+
+
+class Registry(OrderedDict[str, Any]):
+    """Gives instances for the classes that it holds, as registries of activations do."""
+
+    def __getitem__(self, key: str) -> Any:
+        return super().__getitem__(key)()
+
+
+REGISTRY = Registry(tanh=nn.Tanh, relu=nn.ReLU)
+
+
+def test_a_registry_is_left_as_it_is() -> None:
+    def forward(x: Tensor) -> Tensor:
+        return x * len(REGISTRY)
+
+    x = torch.ones(3)
+    for _ in range(2):
+        torch.testing.assert_close(OptimizedModule(forward, on_untraceable="ignore")(x), forward(x))
+        assert list(REGISTRY.values()) == [nn.Tanh, nn.ReLU] and type(REGISTRY["tanh"]) is nn.Tanh
