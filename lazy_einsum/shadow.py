@@ -229,7 +229,7 @@ class Shadows:
             self.note(path, ModuleClass(kind))
             read = functools.partial(self.attribute, value, path)
             stand_in = make_stand_in(value, read, functools.partial(self._refuse, path))
-        elif is_its_attributes(kind) and not slots_of(kind):
+        elif kind.__dictoffset__ and is_its_attributes(kind) and not slots_of(kind):
             stand_in = self._object(value, path)
         else:
             stand_in = self._container(value, path)

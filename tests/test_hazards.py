@@ -538,7 +538,7 @@ hazard(
     "attribute of an argument",
     program(lambda self, x: x * (3 if hasattr(x, "tag") else 2)),
     arguments=tagged,
-    refused="asks a tensor for tag",
+    refused="checked at later calls",
 )
 hazard(
     "attribute of a parameter",
