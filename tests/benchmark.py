@@ -22,6 +22,7 @@ from typing import Any
 
 import opt_einsum
 import torch
+from edge_counts import edge_counts
 from torch import Tensor, nn
 
 from lazy_einsum import OptimizedModule
@@ -253,7 +254,7 @@ def misses(rounds: int) -> None:
     def operands(n: int) -> tuple[Tensor, ...]:
         return torch.rand(n, 8, 4), torch.rand(n, 4, 5), torch.rand(n, 5)
 
-    wrapped = OptimizedModule(child, maxsize=1000)
+    wrapped = OptimizedModule(child, maxsize=1000, dynamic=False)  # else code for all sizes ends the misses
     for n in range(1, 10):
         wrapped(*operands(n))
     ours = _misses(wrapped, [operands(20 + n) for n in range(max(rounds, 15))])
@@ -296,7 +297,7 @@ def memory() -> None:
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("cases", nargs="*", help="words of the names of cases; also: dispatch, miss, memory")
+    parser.add_argument("cases", nargs="*", help="words of the names of cases; also: dispatch, miss, memory, edges")
     parser.add_argument("--quick", action="store_true", help="7 short rounds")
     parser.add_argument(
         "--compile", action="store_true", help="also torch.compile with its default backend (needs a C++ compiler)"
@@ -305,7 +306,7 @@ def main() -> None:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     rounds, round_seconds = (7, 0.01) if options.quick else (15, 0.05)
-    parts = ("dispatch", "miss", "memory")
+    parts = ("dispatch", "miss", "memory", "edges")
     only = [word for word in options.cases if word not in parts]
     wanted = [word for word in options.cases if word in parts]
     named = [line.split(":")[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")]
@@ -320,6 +321,8 @@ def main() -> None:
         misses(rounds)
     if "memory" in wanted or not options.cases:
         memory()
+    if "edges" in wanted or not options.cases:
+        edge_counts(500, options.compile)
     print(f"\npeak memory of this process: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:.0f} MiB")
 
 
