@@ -33,7 +33,7 @@ class Messages(nn.Module):
         )
 
     def forward(self, x0: Tensor, x1: Tensor, basis: Tensor, y1: Tensor, send: Tensor, receive: Tensor) -> Tensor:
-        """``x0`` (nodes, channels, 1), ``x1`` (nodes, channels, 3), ``basis`` (edges, 8), ``y1`` (edges, 3), the indices
+        """``x0`` (nodes, channels, 1), ``x1`` (nodes, channels, 3), ``basis`` (edges, 8), ``y1`` (edges, 3), indices
         (edges,) -> (nodes, channels, 9).
         """
         weight = self.radial(basis).reshape(basis.shape[0], len(self.PATHS), self.channels)
