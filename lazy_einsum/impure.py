@@ -60,6 +60,7 @@ _OTHERS = (*(os.path.join(sysconfig.get_paths()[name], "") for name in ("stdlib"
 # Whatever lies in these files is for its effects.
 _FILES = {module.__file__: f"uses {module.__name__}" for module in (threading, queue, subprocess, socket)}
 _MODULE_CALL = nn.Module._wrapped_call_impl.__code__
+_MODULE_INIT = nn.Module.__init__.__code__
 
 
 class Watch:
@@ -86,6 +87,7 @@ class Watch:
         self._use = use
         self._running = False
         self._pauses = 0
+        self._made: dict[int, nn.Module] = {}
 
     def __enter__(self) -> None:
         self._running = sys.getprofile() is None
@@ -95,6 +97,7 @@ class Watch:
         if self._running:
             sys.setprofile(None)
         self._running = False
+        self._made.clear()
 
     def pause(self) -> None:
         """Off, until ``resume`` is called as often as this."""
@@ -106,6 +109,10 @@ class Watch:
         """See ``pause``."""
         self._pauses -= 1
         self._set()
+
+    def _is_known(self, module: nn.Module) -> bool:
+        """Whether what a module holds is seen: it is a stand-in, or was made inside of ``forward``."""
+        return id(module) in self._made or self._is_own(module)
 
     def _set(self) -> None:
         if self._running and not self._pauses:
@@ -123,7 +130,9 @@ class Watch:
         elif event == "call":
             code = frame.f_code
             reason = _CODE.get(code) or _FILES.get(code.co_filename)
-            if code is _MODULE_CALL and not self._is_own(frame.f_locals["self"]):
+            if code is _MODULE_INIT:
+                self._made[id(frame.f_locals["self"])] = frame.f_locals["self"]
+            if code is _MODULE_CALL and not self._is_known(frame.f_locals["self"]):
                 kind = type(frame.f_locals["self"])
                 reason = f"calls a {kind.__name__} that is not reached from the module (a global, a closure)"
         if reason is not None:

@@ -8,6 +8,8 @@ import sys
 import types
 from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -33,6 +35,28 @@ _SEQUENCES = (list, tuple, deque)
 Note = Callable[[Path, Found, str], None]
 
 
+@dataclass(frozen=True, slots=True)
+class Addition:
+    """What ``forward`` added to a dictionary that lies outside of the module, in the variable ``name``."""
+
+    container: dict[Any, Any]
+    items: list[tuple[Any, Any]]
+    name: str
+
+
+@contextmanager
+def made(additions: list[Addition]) -> Iterator[None]:
+    """Make additions for a while."""
+    before = [_items(addition.container) for addition in additions]
+    try:
+        for addition, items in zip(additions, before, strict=True):
+            _refill(addition.container, [*items, *addition.items])
+        yield
+    finally:
+        for addition, items in zip(additions, before, strict=True):
+            _refill(addition.container, items)
+
+
 class Outside:
     """What code may read from outside of its module, for one trace.
 
@@ -41,6 +65,8 @@ class Outside:
 
     Attributes:
         filled: whether ``forward`` made a cached function work (found out by ``restore``).
+        additions: what ``forward`` added to dictionaries of installed packages (found out by ``restore``): caches, as
+            a rule.
     """
 
     def __init__(self, note: Note) -> None:
@@ -48,9 +74,11 @@ class Outside:
         self._readings: list[tuple[Any, Path]] = []
         self._tensors: dict[int, tuple[torch.Tensor, Path]] | None = None
         self._variables: dict[Outer, Any] = {}
-        self._watched: dict[int, tuple[Any, Any, str]] = {}  # id -> container, copy of it, where it was found
+        # id -> container, copy of it, where it was found, who reads it
+        self._watched: dict[int, tuple[Any, Any, str, int]] = {}
         self._caches: dict[int, tuple[Any, Any]] = {}
         self.filled = False
+        self.additions: list[Addition] = []
         self._changed: str | None = None
 
     def read(self, readings: Iterable[Reading]) -> None:
@@ -67,7 +95,7 @@ class Outside:
                 self._caches.setdefault(id(reading.value), (reading.value, reading.value.cache_info()))
             path: Path = (("outer", reading.start), *reading.steps)
             _refuse_streams(reading)
-            self._watch(reading.value, str(reading.variable))
+            self._watch(reading.value, str(reading.variable), reading.level)
             self._readings.append((reading.value, path))
             self._tensors = None
             if reading.level == USERS or is_constant(reading.value):
@@ -88,16 +116,20 @@ class Outside:
 
     def restore(self, report: bool = True) -> str | None:
         """Undo what ``forward`` did to variables, containers and objects; the name of one that it changed (now or,
-        unless ``report`` was false, at an earlier call), or ``None``.
+        unless ``report`` was false, at an earlier call) other than by an addition, or ``None``.
         """
         changed = None
         for start, value in self._variables.items():
             if start.get() is not value:
                 changed = str(start)
                 start.set(value)
-        for value, before, name in self._watched.values():
+        for value, before, name, level in self._watched.values():
             if not _same_items(value, before):
-                changed = name
+                added = _added(value, before) if level < USERS else None
+                if added is None:
+                    changed = name
+                elif report:
+                    self.additions.append(Addition(value, added, name))
                 _refill(value, before)
         for function, before in self._caches.values():
             if function.cache_info().misses != before.misses:
@@ -114,8 +146,9 @@ class Outside:
         self._variables.clear()
         self._watched.clear()
         self._caches.clear()
+        self.additions = []
 
-    def _watch(self, value: Any, name: str) -> None:
+    def _watch(self, value: Any, name: str, level: int) -> None:
         """Remember what containers, and objects of the user's own classes, hold."""
         todo = [value]
         while todo and len(self._watched) < _MAX_WATCHED:
@@ -126,7 +159,7 @@ class Outside:
             if isinstance(item, (dict, list, set, deque)):
                 if len(item) > _MAX_COPIED:
                     continue
-                self._watched[id(item)] = item, _copy(item), name
+                self._watched[id(item)] = item, _copy(item), name, level
                 inside = dict.values(item) if isinstance(item, dict) else item
             elif type(item) is tuple:
                 inside = item
@@ -136,7 +169,7 @@ class Outside:
                 and _is_object(item)
             ):
                 # (Not those of the standard library: other threads may be waiting for each other by them.)
-                self._watched[id(item)] = item.__dict__, _copy(item.__dict__), name
+                self._watched[id(item)] = item.__dict__, _copy(item.__dict__), name, level
                 inside = item.__dict__.values()
             todo.extend(item for item in inside if not is_constant(item))
 
@@ -272,6 +305,20 @@ def _same_items(value: Any, before: Any) -> bool:
     if isinstance(value, set):
         return {id(item) for item in value} == {id(item) for item in before}
     return all(a is b for a, b in zip(value, before, strict=True))
+
+
+def _added(value: Any, before: list[Any]) -> list[tuple[Any, Any]] | None:
+    """What a dictionary holds in addition to ``before``, where that is all that has changed, and no tensor is in it."""
+    if not isinstance(value, dict):
+        return None
+    items = _items(value)
+    kept, new = items[: len(before)], items[len(before) :]
+    same = len(kept) == len(before) and all(a is b and x is y for (a, x), (b, y) in zip(kept, before, strict=True))
+    return new if same and not any(_holds_tensor(item) for _, item in new) else None
+
+
+def _holds_tensor(value: Any) -> bool:
+    return next(iter(_Walk(_MAX_WALKED).tensors(value, ())), None) is not None
 
 
 def _refill(value: Any, before: Any) -> None:

@@ -588,7 +588,7 @@ class Recorder(TorchFunctionMode):
             return func(*args, **kwargs)
         if name == "_assert" and not isinstance(args[0], torch.Tensor):
             return func(*args, **kwargs)
-        if name in QUERIES and not sets:
+        if name in QUERIES and not sets and not (name == "type" and (len(args) > 1 or kwargs)):
             return func(*args, **kwargs) if self._symbols is None else self._query(func, name, args, kwargs)
         if self.failure is not None:
             raise self.failure

@@ -108,7 +108,11 @@ class Attribute:
     name: str
 
     def get(self) -> Any:
-        """Its present value; ``MISSING`` where it has none."""
+        """Its present value, of a class as it lies there (a class method gives a new object at each look-up);
+        ``MISSING`` where it has none.
+        """
+        if isinstance(self.owner, type):
+            return next((vars(base)[self.name] for base in self.owner.__mro__ if self.name in vars(base)), MISSING)
         return getattr(self.owner, self.name, MISSING)
 
     def set(self, value: Any) -> None:

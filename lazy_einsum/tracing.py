@@ -19,6 +19,7 @@ from torch import nn
 from . import ambient as ambient_module
 from .errors import UntraceableError
 from .fakes import data_dependent_errors, quiet
+from .outside import Addition, made
 from .recorder import Recorder, Trace
 from .signature import Arguments
 from .symbols import NotGenericError, Symbols
@@ -43,13 +44,19 @@ def trace(
             file and line.
         NotGenericError: it can, but not for all values of the symbols among the arguments.
     """
-    symbols = Symbols(arguments.symbols) if arguments.symbols else None
     try:
-        return _trace(function, arguments, is_leaf, symbols)
+        found, additions = _trace(function, arguments, is_leaf)
+        if additions:
+            # A cache that the first call fills. Once more as later calls will find it: it must make no difference.
+            with made(additions):
+                again, more = _trace(function, arguments, is_leaf)
+            if more or str(again.graph) != str(found.graph) or again.conditions != found.conditions:
+                raise UntraceableError(f"forward changes {additions[0].name}")
+        return found
     except NotGenericError:
         raise
     except UntraceableError as error:
-        if symbols is None:
+        if not arguments.symbols:
             raise
         raise NotGenericError(str(error)) from error
 
@@ -58,8 +65,9 @@ def _trace(
     function: Any,
     arguments: Arguments,
     is_leaf: Callable[[nn.Module, str], bool],
-    symbols: Symbols | None = None,
-) -> Trace:
+) -> tuple[Trace, list[Addition]]:
+    """What ``trace`` gives, and what ``forward`` added to dictionaries of packages; all of that is undone."""
+    symbols = Symbols(arguments.symbols) if arguments.symbols else None
     random_state = ambient_module.RandomState()
     grad = torch.is_grad_enabled()
     recorder = Recorder(is_leaf, random_state, symbols)
@@ -81,6 +89,7 @@ def _trace(
             raise UntraceableError(f"forward draws from or seeds {reseeded}")
         if changed is not None:
             raise UntraceableError(f"forward changes {changed}")
+        additions = recorder.shadows.outside.additions
         found = recorder.finish(result)
         del result
         recorder.forget()
@@ -88,7 +97,7 @@ def _trace(
             raise UntraceableError(
                 "forward keeps a tensor where it outlives the call (a cache, a global, an attribute of an object)"
             )
-        return found
+        return found, additions
     except UntraceableError as error:
         if recorder.failure is not None and recorder.failure is not error:
             raise recorder.failure from None

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+ALL = float("inf")
 Arguments = Callable[[int], tuple[Any, ...]]
 
 
@@ -24,7 +25,9 @@ class Model:
         name: package and model.
         build: makes the module, on the random seed that is set.
         arguments: for a size.
-        whole: whether it is specialized as a whole; else its parts are.
+        fallbacks: how many calls may run as they are, for something that a first call sets up, or for good.
+        share: the least part of the FLOPs of matrix products that lies in specializations.
+        dtype: of its parameters and arguments.
         sizes: three that are tried.
         quick: whether it is among the few that run at each change.
     """
@@ -32,7 +35,9 @@ class Model:
     name: str
     build: Callable[[], nn.Module]
     arguments: Arguments
-    whole: bool = True
+    fallbacks: float = 0
+    share: float = 0.9
+    dtype: torch.dtype = torch.float64
     sizes: tuple[int, int, int] = (4, 6, 7)
     quick: bool = False
 
@@ -59,6 +64,7 @@ def _images(n: int) -> tuple[Tensor]:
 def e3nn_convolution() -> nn.Module:
     """Messages over edges, as nequip has them: a tensor product with weights from a radial network."""
     import e3nn
+    import e3nn.nn
     from e3nn import o3
 
     class Convolution(nn.Module):
@@ -106,6 +112,11 @@ def e3nn_gate() -> nn.Module:
             return self.mix(self.gate(self.product(x, y)))
 
     return Gated()
+
+
+def _pairs(n: int) -> tuple[Tensor, ...]:
+    generator = torch.Generator().manual_seed(n)
+    return torch.randn(n, 20, generator=generator), torch.randn(n, 20, generator=generator)
 
 
 def egnn() -> nn.Module:
@@ -261,22 +272,22 @@ def _edge_arguments(n: int) -> tuple[Tensor, ...]:
 
 MODELS = [
     Model("e3nn: convolution", e3nn_convolution, _graph, quick=True),
-    Model("e3nn: gated tensor product", e3nn_gate, lambda n: (*_normal("n", 20)(n), *_normal("n", 20)(n + 1)[:1])),
+    Model("e3nn: gated tensor product", e3nn_gate, _pairs),
     Model("egnn-pytorch: EGNN", egnn, _egnn_arguments, quick=True),
     Model("x-transformers: decoder", x_decoder, _tokens, quick=True),
     Model("x-transformers: relative positions", x_relative, _tokens),
     Model("transformers: XLNet", xlnet, _tokens),
     Model("transformers: BERT", bert, _tokens),
     Model("peft: LoRA on GPT-2", lora, _tokens),
-    Model("peft: LoKr", lokr, _normal("n", 16)),
-    Model("performer-pytorch", performer, _tokens, quick=True),
+    Model("peft: LoKr", lokr, _normal("n", 16), fallbacks=ALL, share=0.0),
+    Model("performer-pytorch", performer, _tokens, fallbacks=ALL, quick=True),
     Model("linear-attention-transformer", linear_attention, _tokens),
     Model("timm: ViT, relative positions", relative_vit, _images),
     Model("timm: Swin", swin, _images),
     Model("timm: MLP-Mixer", mixer, _images),
     Model("tensorly-torch: factorized linear", factorized_linear, _normal("n", 16), quick=True),
     Model("tensorly-torch: regression", tensor_regression, _normal("n", 4, 4, 4)),
-    Model("neuraloperator: FNO", fourier_operator, _normal("n", 1, 16, 16)),
-    Model("neuraloperator: TFNO", tensorized_operator, _normal("n", 1, 16, 16)),
+    Model("neuraloperator: FNO", fourier_operator, _normal("n", 1, 16, 16), fallbacks=2, dtype=torch.float32),
+    Model("neuraloperator: TFNO", tensorized_operator, _normal("n", 1, 16, 16), fallbacks=2, dtype=torch.float32),
     Model("torch_geometric: NNConv", edge_network, _edge_arguments),
 ]

@@ -219,6 +219,15 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
 }
 
 
+class Scaled(nn.Module):
+    def __init__(self, scale: Tensor) -> None:
+        super().__init__()
+        self.scale = scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.scale
+
+
 def in_two_modes(self: Any, x: Tensor) -> tuple[Tensor, Tensor]:
     y = x * 2
     with torch.no_grad():
@@ -343,6 +352,11 @@ TRACED: dict[str, Callable[[], nn.Module]] = {
     ),
     "iteration": program(lambda self, x: sum(row.sum() for row in x)),
     "shapes": program(lambda self, x: x.reshape(x.shape[0] * 2 * 2, -1) if len(x) > 2 else x),
+    "module made inside": program(lambda self, x: nn.Softplus(2.0)(x) + Scaled(x.sum())(x)),
+    "another type": program(
+        lambda self, x: x.type(torch.half) * 2 + x.type(dtype="torch.LongTensor") + x.type(x.dtype)
+    ),
+    "type asked": program(lambda self, x: x * 2 if x.type() == "torch.DoubleTensor" else x),
     "strides asked": program(lambda self, x: x.as_strided((2, 2), (x.stride(0), x.stride(1)))),
     "constants made": program(
         lambda self, x: x * torch.tensor([1.0, 2.0, 3.0, 4.0]) + torch.arange(4) + torch.full((4,), 2)
