@@ -653,7 +653,7 @@ class Recorder(TorchFunctionMode):
         operands = list(_tensors(args))
         if len(operands) < 2 or not all(is_fake(operand) for operand in operands):
             return None
-        if self._symbols is not None:
+        if any(is_symbol(n) for operand in operands for n in (*operand.shape, *operand.stride())):
             return self._generic_einsum(args, operands)
         empty = {id(operand): empty_meta(operand) for operand in operands}
         layouts = EagerStrides() if any(1 in operand.shape for operand in operands) else nullcontext()  # type: ignore[no-untyped-call]

@@ -276,7 +276,7 @@ MODELS = [
     Model("egnn-pytorch: EGNN", egnn, _egnn_arguments, quick=True),
     Model("x-transformers: decoder", x_decoder, _tokens, quick=True),
     Model("x-transformers: relative positions", x_relative, _tokens),
-    Model("transformers: XLNet", xlnet, _tokens),
+    Model("transformers: XLNet", xlnet, _tokens, dtype=torch.float32),
     Model("transformers: BERT", bert, _tokens),
     Model("peft: LoRA on GPT-2", lora, _tokens),
     Model("peft: LoKr", lokr, _normal("n", 16), fallbacks=ALL, share=0.0),

@@ -271,6 +271,26 @@ def test_a_copy_that_no_earlier_call_made() -> None:
     assert layouts == {True, False}
 
 
+def test_layouts_that_depend_on_no_size_that_varies() -> None:
+    """The result of an einsum of three lies as in eager, so that what autograd keeps is a copy or a view as in eager."""
+    w = x_of(5, 5, grad=True)
+
+    def function(x: Tensor) -> Tensor:
+        cube = einsum("ab,ba,cb->abc", w, w, w)
+        turned = einsum("abc->bca", cube) * 2
+        product = einsum("yfk,kyf,g->fg", cube, turned, x[0])
+        turned.mul_(3)
+        return product
+
+    wrapped = OptimizedModule(function, dynamic=True)
+    for n in (4, 6, 7):
+        args = (x_of(n, 5),)
+        leaves = {"w": w}
+        ours, theirs = observe(wrapped, args, leaves=leaves), observe(function, args, leaves=leaves)
+        assert theirs.gradient_error is None and differences(ours, theirs) == []
+    assert wrapped.cache_info()[:2] == (1, 2)
+
+
 def test_operands_written_later() -> None:
     """An einsum of three that has to stay as it is stays so for all sizes."""
 
