@@ -158,7 +158,7 @@ def _gradients(
             if again:
                 energy = sum((g.abs() ** 2).sum().to(torch.float64) for g in again)
                 seconds = torch.autograd.grad(energy, list(wanted.values()), allow_unused=True)
-                # A second gradient that is zero for sure is given as zeros or not at all, by which operations were used.
+                # One that is zero for sure is given as zeros or not at all, by which operations were used.
                 for (name, leaf), g in zip(wanted.items(), seconds):
                     found[f"second {name}"] = torch.zeros_like(leaf) if g is None else g
     except Exception as error:

@@ -272,7 +272,7 @@ def test_a_copy_that_no_earlier_call_made() -> None:
 
 
 def test_layouts_that_depend_on_no_size_that_varies() -> None:
-    """The result of an einsum of three lies as in eager, so that what autograd keeps is a copy or a view as in eager."""
+    """The result of an einsum of three lies as in eager, so autograd keeps copies or views as in eager."""
     w = x_of(5, 5, grad=True)
 
     def function(x: Tensor) -> Tensor:
