@@ -155,12 +155,13 @@ def _gradients(
         found.update(zip(wanted, first))
         if second:
             again = [g for g in first if g is not None and g.requires_grad]
+            # One that is zero for sure is given as zeros or not at all, by which operations were used.
+            seconds: Sequence[Tensor | None] = [None] * len(wanted)
             if again:
                 energy = sum((g.abs() ** 2).sum().to(torch.float64) for g in again)
                 seconds = torch.autograd.grad(energy, list(wanted.values()), allow_unused=True)
-                # One that is zero for sure is given as zeros or not at all, by which operations were used.
-                for (name, leaf), g in zip(wanted.items(), seconds):
-                    found[f"second {name}"] = torch.zeros_like(leaf) if g is None else g
+            for (name, leaf), g in zip(wanted.items(), seconds):
+                found[f"second {name}"] = torch.zeros_like(leaf) if g is None else g
     except Exception as error:
         return found, error
     return {name: None if g is None else _snapshot(g) for name, g in found.items()}, None

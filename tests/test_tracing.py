@@ -251,6 +251,14 @@ def writes_what_no_grad_made(self: Any, x: Tensor) -> Tensor:
     return y
 
 
+def writes_what_cancels_without_grad(self: Any, x: Tensor) -> Tensor:
+    y = x @ x.T
+    with torch.no_grad():
+        z = 2.0 * (y * 0.5)
+    einsum("ij->ji", z)[0] *= x.sum()
+    return z
+
+
 def views_a_product(self: Any, x: Tensor) -> Tensor:
     y = einsum("abc->ca", x[:, None, :] * -0.3) / 3
     einsum("dm,zq->dzqm", y, y)
@@ -340,6 +348,7 @@ TRACED: dict[str, Callable[[], nn.Module]] = {
     "no_grad decorator": program(torch.no_grad()(lambda self, x: x * 2)),
     "writes": program(writes),
     "written after no_grad": program(writes_what_no_grad_made),
+    "factors cancel without grad, then written": program(writes_what_cancels_without_grad),
     "view of a tensor times 1": program(lambda self, x: einsum("ab->ba", x.mul(1))),
     "view of a product": program(views_a_product),
     "autograd.grad inside": program(differentiates, w=lambda: nn.Parameter(torch.ones(4, dtype=torch.float64))),

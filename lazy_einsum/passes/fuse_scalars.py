@@ -200,9 +200,12 @@ class _Gather:
             return self.new.node_copy(node, self.values.__getitem__)
         known = facts(node)
         # What is dropped must not have changed the type, nor have stood between a value and a region without grad.
-        same_type = (
-            value.factor.kind is int if known is None else may_require_grad(value.core) == may_require_grad(node)
-        )
+        if known is None:
+            same_type = value.factor.kind is int
+        else:
+            same_type = may_require_grad(value.core) == may_require_grad(node)
+            # What came of a region without grad may say that it requires some because of a later write to it.
+            same_type = same_type and (known.grad or not may_require_grad(value.core))
         if value.factor.value == 1 and value.private and same_type:
             core = value.core
             before = facts(core)
