@@ -1,4 +1,4 @@
-"""Times against eager torch, opt_einsum_fx and opt_einsum: ``python tests/benchmark.py [--quick] [case ...]``.
+"""Times against torch, opt_einsum_fx, opt_einsum, cotengra: ``python tests/benchmark.py [--quick] [case ...]``.
 
 All contestants of a case take turns in one process on one thread; a figure is the median of the rounds, so that a
 disturbance hits all alike. Ratios are times of eager divided by times of the contestant: above 1 is faster than eager.
@@ -7,55 +7,26 @@ disturbance hits all alike. Ratios are times of eager divided by times of the co
 from __future__ import annotations
 
 import argparse
-import gc
+import json
 import platform
 import resource
 import statistics
 import subprocess
 import sys
-import time
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import opt_einsum
 import torch
+from contestants import CONTESTANTS, prepare
 from edge_counts import edge_counts
+from instances import Instance, load
+from measure import Run, geometric_mean, medians, seconds
 from torch import Tensor, nn
 
 from lazy_einsum import OptimizedModule
-
-Run = Callable[[], Any]
-
-
-def _seconds(run: Run, repeats: int) -> float:
-    start = time.perf_counter()
-    for _ in range(repeats):
-        run()
-    return (time.perf_counter() - start) / repeats
-
-
-def medians(runs: dict[str, Run], rounds: int, round_seconds: float) -> dict[str, float]:
-    """Median seconds of each, measured in turns."""
-    repeats = {}
-    for name, run in runs.items():
-        for _ in range(3):
-            run()
-        once = _seconds(run, 1)
-        repeats[name] = max(1, min(5000, round(round_seconds / max(once, 1e-7))))
-    samples: dict[str, list[float]] = {name: [] for name in runs}
-    gc.collect()
-    gc.disable()
-    try:
-        for _ in range(rounds):
-            for name, run in runs.items():
-                samples[name].append(_seconds(run, repeats[name]))
-    finally:
-        gc.enable()
-    return {name: statistics.median(values) for name, values in samples.items()}
-
 
 # -- contractions -----------------------------------------------------------------------------------------------------
 
@@ -109,23 +80,18 @@ CASES = [
 
 def _contestants(case: Case, operands: Sequence[Tensor], with_compile: bool) -> dict[str, Callable[..., Any]]:
     found: dict[str, Callable[..., Any]] = {"eager": case.child, "lazy_einsum": OptimizedModule(case.child)}
-    try:
-        import opt_einsum_fx
-
-        child = case.child
-        if case.equation is not None:
-            # A fixed number of arguments, as its tracer needs.
-            names = [f"x{i}" for i in range(len(operands))]
-            scope: dict[str, Any] = {"torch": torch}
-            exec(
-                f"def child({', '.join(names)}):\n    return torch.einsum({case.equation!r}, {', '.join(names)})", scope
-            )
-            child = scope["child"]
-        found["opt_einsum_fx"] = opt_einsum_fx.optimize_einsums_full(child, tuple(operands))
-    except ImportError:
-        pass
     if case.equation is not None:
-        found["contract_expression"] = opt_einsum.contract_expression(case.equation, *(x.shape for x in operands))
+        for column, name in (("opt_einsum_fx", "fx"), ("contract_expression", "expression")):
+            target = prepare(name, case.equation, operands)
+            if target is not None:
+                found[column] = target
+    else:
+        try:
+            import opt_einsum_fx
+
+            found["opt_einsum_fx"] = opt_einsum_fx.optimize_einsums_full(case.child, tuple(operands))
+        except ImportError:
+            pass
     if with_compile:
         torch.compiler.reset()
         found["torch.compile"] = torch.compile(case.child, dynamic=False)
@@ -174,6 +140,70 @@ def _backward(target: Callable[..., Any], leaves: Sequence[Tensor]) -> Run:
         return torch.autograd.grad(target(*leaves), leaves, cotangent)
 
     return run
+
+
+# -- networks ---------------------------------------------------------------------------------------------------------
+
+
+def networks(rounds: int, round_seconds: float, only: Sequence[str], backward: bool, save: str | None) -> None:
+    """The networks of ``data/instances.json``: how many times as long as ours the others take, and the floor."""
+    peers = [name for name in CONTESTANTS if name != "ours"]
+    table: dict[str, dict[str, float]] = {}
+    title = "forward+backward" if backward else "forward"
+    print(f"\nnetworks, {title}: ours in us, times of others over ours (their best last), ours over the floor")
+    print(f"{'case':36} {'ours':>9} " + " ".join(f"{name:>10}" for name in [*peers, "best"]) + f" {'floor':>7}")
+    for instance in load():
+        # Each of its calls takes seconds.
+        if instance.name == "omeb_qc_qft_27" and instance.name not in only:
+            continue
+        if only and not any(word in instance.name for word in only):
+            continue
+        took = table[instance.name] = _network(instance, rounds, round_seconds, backward)
+        row = [f"{instance.name:36} {took['ours'] * 1e6:9.1f}"]
+        row += [f"{took[name] / took['ours']:10.2f}" if name in took else " " * 10 for name in peers]
+        row.append(f"{_best(took) / took['ours']:10.2f} {took['ours'] / instance.floor:7.2f}")
+        print(" ".join(row), flush=True)
+    for name in [*peers, "best"]:
+        ratios = {
+            case: (_best(took) if name == "best" else took[name]) / took["ours"]
+            for case, took in table.items()
+            if name in took or (name == "best" and len(took) > 1)
+        }
+        if ratios:
+            low = sorted(ratios, key=ratios.__getitem__)[:4]
+            worst = ", ".join(f"{case} {ratios[case]:.2f}" for case in low)
+            print(f"{title} {name:10} geometric mean {geometric_mean(ratios.values()):5.2f}x of {len(ratios)}; {worst}")
+    floors = {item.name: item.floor for item in load()}
+    far = [took["ours"] / floors[case] for case, took in table.items() if floors[case] > 1e-4]
+    best = [_best(took) / floors[case] for case, took in table.items() if floors[case] > 1e-4 and len(took) > 1]
+    if far and not backward:
+        print(f"floor over 100 us: ours {geometric_mean(far):.2f}, the best of the others {geometric_mean(best):.2f}")
+    if save:
+        with open(save, "w") as file:
+            json.dump(table, file, indent=1)
+
+
+def _best(took: dict[str, float]) -> float:
+    return min((value for name, value in took.items() if name != "ours"), default=float("nan"))
+
+
+def _network(instance: Instance, rounds: int, round_seconds: float, backward: bool) -> dict[str, float]:
+    operands = instance.operands()
+    leaves = [x.clone().requires_grad_() for x in operands]
+    runs: dict[str, Run] = {}
+    expected = None
+    for name in CONTESTANTS:
+        target = prepare(name, instance.letters, operands)
+        if target is None:
+            continue
+        with torch.no_grad():
+            result = target(*operands)
+        expected = result if expected is None else expected
+        error = (result - expected).abs().max() / expected.abs().max().clamp(min=1e-30)
+        if not error < 1e-3:
+            print(f"{instance.name}: {name} differs by {float(error):.1e}")
+        runs[name] = _backward(target, leaves) if backward else _forward(target, operands)
+    return medians(runs, rounds, round_seconds)
 
 
 # -- dispatch ---------------------------------------------------------------------------------------------------------
@@ -269,7 +299,7 @@ def misses(rounds: int) -> None:
 
 
 def _misses(target: Callable[..., Any], calls: list[tuple[Tensor, ...]]) -> float:
-    return statistics.median([_seconds(partial(target, *args), 1) for args in calls])
+    return statistics.median([seconds(partial(target, *args), 1) for args in calls])
 
 
 MEMORY_PROGRAM = """
@@ -297,8 +327,12 @@ def memory() -> None:
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("cases", nargs="*", help="words of the names of cases; also: dispatch, miss, memory, edges")
+    parts = ("networks", "dispatch", "miss", "memory", "edges")
+    parser.add_argument("cases", nargs="*", help=f"words of the names of cases; also: {', '.join(parts)}")
     parser.add_argument("--quick", action="store_true", help="7 short rounds")
+    parser.add_argument("--forward", action="store_true", help="of networks only the forward pass")
+    parser.add_argument("--backward", action="store_true", help="of networks only forward with backward")
+    parser.add_argument("--save", help="write the seconds of networks to this file; with --forward or --backward")
     parser.add_argument(
         "--compile", action="store_true", help="also torch.compile with its default backend (needs a C++ compiler)"
     )
@@ -306,14 +340,19 @@ def main() -> None:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     rounds, round_seconds = (7, 0.01) if options.quick else (15, 0.05)
-    parts = ("dispatch", "miss", "memory", "edges")
     only = [word for word in options.cases if word not in parts]
     wanted = [word for word in options.cases if word in parts]
     named = [line.split(":")[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")]
     processor = named[0] if named else platform.machine()
     python = f"{platform.python_implementation()} {platform.python_version()}"
     print(f"torch {torch.__version__}, {python}, {processor}, 1 thread, {rounds} rounds")
-    if only or not wanted:
+    if "networks" in wanted or not options.cases:
+        for backward in (False, True):
+            if not (options.forward if backward else options.backward):
+                networks(rounds, round_seconds, only, backward, options.save)
+    elif only:
+        contractions(rounds, round_seconds, options.compile, only)
+    if not options.cases:
         contractions(rounds, round_seconds, options.compile, only)
     if "dispatch" in wanted or not options.cases:
         dispatch(rounds, round_seconds)
