@@ -382,7 +382,11 @@ def _write_read(writer: _Writer, path: Path, found: Found, tensors: dict[Path, s
         writer.require("not (" + " or ".join(f"{attributes}[{hooks!r}]" for hooks in _HOOKS) + own + ")")
         return
     if isinstance(found, Without):
-        writer.require(f"{_dict(writer, path)}.keys().isdisjoint({writer.name(found.names)})")
+        attributes = _dict(writer, path)
+        if len(found.names) <= 2:  # most modules: 0.03 us a name in place of 0.12 for the set
+            writer.require(" and ".join(f"{name!r} not in {attributes}" for name in sorted(found.names)) or "True")
+        else:
+            writer.require(f"{attributes}.keys().isdisjoint({writer.name(found.names)})")
         return
     variable = _object(writer, path)
     if isinstance(found, TensorType):
