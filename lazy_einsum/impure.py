@@ -74,6 +74,7 @@ class Watch:
         refuse: makes the error for a reason.
         is_own: whether a module is a stand-in of this trace, so that its calls are seen anyway.
         use: called with each context variable that is used, and the name of the method.
+        made: called with the class of each module that is made.
     """
 
     def __init__(
@@ -81,10 +82,12 @@ class Watch:
         refuse: Callable[[str], Exception],
         is_own: Callable[[nn.Module], bool],
         use: Callable[[contextvars.ContextVar[Any], str], None],
+        made: Callable[[type[nn.Module]], None],
     ) -> None:
         self._refuse = refuse
         self._is_own = is_own
         self._use = use
+        self._tell_made = made
         self._running = False
         self._pauses = 0
         self._made: dict[int, nn.Module] = {}
@@ -110,6 +113,13 @@ class Watch:
         self._pauses -= 1
         self._set()
 
+    def _tell(self, listener: Callable[..., None], *what: Any) -> None:
+        self.pause()
+        try:
+            listener(*what)
+        finally:
+            self.resume()
+
     def _is_known(self, module: nn.Module) -> bool:
         """Whether what a module holds is seen: it is a stand-in, or was made inside of ``forward``."""
         return id(module) in self._made or self._is_own(module)
@@ -124,14 +134,14 @@ class Watch:
             reason = _reason(argument)
             owner = getattr(argument, "__self__", None)
             if type(owner) is contextvars.ContextVar and not _is_internal(frame):
-                self.pause()
-                self._use(owner, argument.__name__)
-                self.resume()
+                self._tell(self._use, owner, argument.__name__)
         elif event == "call":
             code = frame.f_code
             reason = _CODE.get(code) or _FILES.get(code.co_filename)
             if code is _MODULE_INIT:
-                self._made[id(frame.f_locals["self"])] = frame.f_locals["self"]
+                module = frame.f_locals["self"]
+                self._made[id(module)] = module
+                self._tell(self._tell_made, type(module))
             if code is _MODULE_CALL and not self._is_known(frame.f_locals["self"]):
                 kind = type(frame.f_locals["self"])
                 reason = f"calls a {kind.__name__} that is not reached from the module (a global, a closure)"

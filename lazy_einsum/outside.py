@@ -202,11 +202,11 @@ class _Walk:
 
     def __init__(self, most: int) -> None:
         self._left = most
-        self._above: set[int] = set()
+        self._entered: set[int] = set()
 
     def _enters(self, value: Any) -> bool:
         self._left -= 1
-        return self._left > 0 and id(value) not in self._above
+        return self._left > 0 and id(value) not in self._entered
 
     def facts(self, value: Any, path: Path, names: frozenset[str]) -> list[tuple[Path, Found, str]]:
         """What is found at ``path`` and below, of objects what has one of these names or their methods look up; nothing
@@ -227,7 +227,7 @@ class _Walk:
             return
         if not self._enters(value):
             return
-        self._above.add(id(value))
+        self._entered.add(id(value))
         if kind in _SEQUENCES:
             yield path, Container(kind, len(value)), ""
             for number, item in enumerate(value):
@@ -244,7 +244,7 @@ class _Walk:
             yield path, Elements(kind, array_constant(value, str(path[0][1]))), ""
         elif _is_object(value):
             yield from self._object(value, path, names)
-        self._above.discard(id(value))
+        self._entered.discard(id(value))
 
     def _object(self, value: Any, path: Path, names: frozenset[str]) -> Iterator[tuple[Path, Found, str]]:
         kind = type(value)
@@ -265,7 +265,7 @@ class _Walk:
             return
         if is_constant(value) or not self._enters(value):
             return
-        self._above.add(id(value))  # for good: nothing is entered twice
+        self._entered.add(id(value))  # for good: nothing is entered twice
         steps: Iterable[tuple[Any, Any]] = ()
         if isinstance(value, (list, tuple, deque)):
             steps = ((("item", number), item) for number, item in enumerate(value))

@@ -84,6 +84,25 @@ MAX_NODES = 50_000
 
 
 @dataclass(frozen=True)
+class Result:
+    """How to build what ``forward`` returns from the graph's flat output.
+
+    Attributes:
+        structure: containers.
+        leaves: for each leaf a constant, or the number of the output.
+    """
+
+    structure: Structure | int
+    leaves: tuple[Constant | int, ...]
+
+    def __call__(self, values: Sequence[Any]) -> Any:
+        """What ``forward`` returns, where the graph gave ``values``."""
+        return unflatten(
+            self.structure, [values[leaf] if isinstance(leaf, int) else leaf.value for leaf in self.leaves]
+        )
+
+
+@dataclass(frozen=True)
 class Trace:
     """What ``trace`` gives.
 
@@ -92,8 +111,8 @@ class Trace:
             ``Facts`` on every node.
         reads: what ``forward`` read of the module.
         state: paths of the ``get_attr`` nodes, by their target.
-        result: how to build what ``forward`` returns from the graph's flat output: structure and, for each leaf, a
-            constant or the number of the output; or ``None`` where the graph's output is the result itself.
+        result: how to build what ``forward`` returns from the graph's flat output; ``None`` where that is the result
+            itself.
         writes: whether the graph writes to each of the tensors among the arguments and then of those read of the
             module.
         switches_grad: whether ``forward`` switches the grad mode on the way.
@@ -105,12 +124,16 @@ class Trace:
     graph: fx.Graph
     reads: Reads
     state: Mapping[str, Path]
-    result: Callable[[Sequence[Any]], Any] | None
+    result: Result | None
     writes: tuple[bool, ...]
     switches_grad: bool
     conditions: tuple[str, ...] = ()
     switches_modes: bool = False
     absent: tuple[tuple[int, str], ...] = ()
+
+    def equals(self, other: Trace) -> bool:
+        """Whether both do the same, and depend on the same."""
+        return str(self.graph) == str(other.graph) and replace(self, graph=other.graph) == other
 
 
 @dataclass(slots=True)
@@ -210,12 +233,13 @@ class Recorder(TorchFunctionMode):
         self._net = _Net(self)
         self._context = dict(contextvars.copy_context().items())
         self._variables: list[contextvars.ContextVar[Any]] = []
-        self._watch = Watch(self.fail, self.shadows.is_shadow, self._use_variable)
+        self._watch = Watch(self.fail, self.shadows.is_shadow, self._use_variable, self.shadows.read_class)
         self._known: dict[int, _Known] = {}
         self._storages: dict[int, tuple[int, Any]] = {}
         self._weak: list[weakref.ref[torch.Tensor]] = []
         self._inputs: list[torch.Tensor] = []
         self._absent: set[tuple[int, str]] = set()
+        self._calls_live = False
         self._state: dict[str, Path] = {}
         self._live_of: dict[int, torch.Tensor] = {}
         self._state_of: dict[int, tuple[torch.Tensor, TensorType, Path]] = {}
@@ -480,6 +504,8 @@ class Recorder(TorchFunctionMode):
         known = self._state_of.get(id(tensor))
         if known is not None:
             return self.shadows.attribute(self._live_of[id(tensor)], known[2], name)
+        if self._calls_live and not any(own is tensor for own in self._inputs):
+            raise self.fail(f"forward asks a tensor for {name}, which a hook of a submodule may have given it")
         # What is made inside has none, and that arguments have none is in the key.
         self._absent.update((number, name) for number, own in enumerate(self._inputs) if own is tensor)
         raise AttributeError(f"'Tensor' object has no attribute {name!r}")
@@ -846,6 +872,7 @@ class Recorder(TorchFunctionMode):
             types = tuple(TensorType.of(value) for value in found if isinstance(value, torch.Tensor))
             module = self._live_node(target, path)
             node = self.graph.call_function(LiveCall(target, types), (module, *taken[0]), taken[1])
+            self._calls_live = True
             self._register(result, node, (EVERYTHING,))
             return result
 
@@ -875,7 +902,7 @@ class Recorder(TorchFunctionMode):
 
     # -- output
 
-    def _output(self, result: Any) -> Callable[[Sequence[Any]], Any] | None:
+    def _output(self, result: Any) -> Result | None:
         leaves: list[Any] = []
         structure = flatten(result, leaves)
         if any(map(self.shadows.owns, containers_in(result))):
@@ -893,18 +920,12 @@ class Recorder(TorchFunctionMode):
             output = self.graph.output(unflatten(structure, nodes))
             stamp(output, Facts())
             return None
-        numbers = [number for number, node in enumerate(nodes) if isinstance(node, fx.Node)]
-        output = self.graph.output(tuple(nodes[number] for number in numbers))
+        output = self.graph.output(tuple(node for node in nodes if isinstance(node, fx.Node)))
         stamp(output, Facts())
-        constants = [None if isinstance(node, fx.Node) else node for node in nodes]
-
-        def build(values: Sequence[Any]) -> Any:
-            filled = list(constants)
-            for number, value in zip(numbers, values, strict=True):
-                filled[number] = value
-            return unflatten(structure, filled)
-
-        return build
+        numbers = itertools.count()
+        return Result(
+            structure, tuple(next(numbers) if isinstance(node, fx.Node) else Constant(node) for node in nodes)
+        )
 
     def _erase_unused_reads(self) -> None:
         """Items of a result that nothing uses were recorded only to have a name."""

@@ -120,9 +120,8 @@ class Shadows:
         reason = self._why_live(live, path)
         if reason is not None:
             self._live.append(path)
-        if kind not in self._classes and not self.is_live(path):
-            self._classes[kind] = class_names(kind)
-            self.outside.read(read_by_class(kind))
+        if not self.is_live(path):
+            self.read_class(kind)
         if not self.is_live(path):
             self.note(path, Without(self._classes[kind].difference(live.__dict__)), " of its own")
         own = shadow.__dict__
@@ -154,6 +153,12 @@ class Shadows:
                 own[key] = _Hooks(self, live, path, key)
         self._originals.append((own, dict(own), path))
         return shadow
+
+    def read_class(self, kind: type) -> None:
+        """Note what the methods of a class may read, once."""
+        if kind not in self._classes:
+            self._classes[kind] = class_names(kind)
+            self.outside.read(read_by_class(kind))
 
     def _scripted(self, live: nn.Module, path: Path) -> nn.Module:
         """The stand-in for a TorchScript module, which is a live call."""
@@ -227,6 +232,7 @@ class Shadows:
             stand_in = value.clone_state()
         elif may_stand_in(value):
             self.note(path, ModuleClass(kind))
+            self.read_class(kind)
             read = functools.partial(self.attribute, value, path)
             stand_in = make_stand_in(value, read, functools.partial(self._refuse, path))
         elif kind.__dictoffset__ and is_its_attributes(kind) and not slots_of(kind):
@@ -242,11 +248,13 @@ class Shadows:
         """
         own = attributes_of(live)
         self.note(path, Container(type(live), tuple(own)))
+        self.read_class(type(live))
         stand_in = object.__new__(type(live))
         self._seen[id(live)] = (live, stand_in, path)
         attributes = {name: self._lift_unread(value, (*path, ("attribute", name))) for name, value in own.items()}
-        stand_in.__dict__.update(attributes)
-        self._originals.append((stand_in.__dict__, attributes, path))
+        inside = object.__getattribute__(stand_in, "__dict__")
+        inside.update(attributes)
+        self._originals.append((inside, attributes, path))
         return stand_in
 
     def _lift_unread(self, value: Any, path: Path) -> Any:

@@ -353,8 +353,7 @@ def _object(writer: _Writer, path: Path) -> str:
         if isinstance(key, Cell):
             return writer.local(path, f"{writer.name(key.cell)}.cell_contents")
         if isinstance(key, ContextValue):
-            # With the default of its own: what has none raises LookupError, as it does in forward.
-            return writer.local(path, f"{writer.name(key.variable)}.get()")
+            return writer.local(path, f"{writer.name(key.get)}()")
         return writer.local(path, f"{writer.name(key.owner)}.{key.name}")
     table = {"module": "['_modules']", "parameter": "['_parameters']", "buffer": "['_buffers']", "attribute": ""}[how]
     return writer.local(path, f"{_dict(writer, parent)}{table}[{key!r}]")

@@ -215,6 +215,9 @@ def class_names(kind: type) -> frozenset[str]:
             function = function_of(member)
             if function is not None and level_of(function):
                 names.update(names_in(function.__code__))
+        if level_of_class(base) == USERS:
+            # Other classes may call them.
+            names.update(name for name, member in vars(base).items() if function_of(member) is not None)
     return frozenset(
         name for name in names if not name.startswith("__") and any(name in vars(base) for base in kind.__mro__)
     )
@@ -368,6 +371,8 @@ def _follow(
     if not isinstance(value, (types.ModuleType, type)):
         yield from _follow_value(Reading(start, (), value, level, own, start), seen, names)
         return
+    if isinstance(value, type) and level == USERS:
+        yield Reading(start, (), value, level, own, start)  # the variable may become another class
     if not _level_of_module(value):
         return
     present = set(dir(value) if isinstance(value, type) else vars(value))

@@ -50,7 +50,7 @@ def trace(
             # A cache that the first call fills. Once more as later calls will find it: it must make no difference.
             with made(additions):
                 again, more = _trace(function, arguments, is_leaf)
-            if more or str(again.graph) != str(found.graph) or again.conditions != found.conditions:
+            if more or not again.equals(found):
                 raise UntraceableError(f"forward changes {additions[0].name}")
         return found
     except NotGenericError:

@@ -379,10 +379,7 @@ hazard(
     program(lambda self, x: x * THREAD_LOCAL.value),
     change=lambda child: setattr(THREAD_LOCAL, "value", 5.0),
 )
-hazard(
-    "context variable",
-    program(lambda self, x: x * CONTEXT_VARIABLE.get()),
-)
+hazard("context variable", program(lambda self, x: x * CONTEXT_VARIABLE.get()))
 hazard(
     "tensor of an enclosed module",
     enclosing(lambda: (lambda m: (lambda self, x: x * m.weight[0], m))(nn.Linear(4, 4).double())),
@@ -540,6 +537,18 @@ hazard(
     arguments=tagged,
     refused="checked at later calls",
 )
+
+
+def tagging() -> nn.Module:
+    child = program(
+        lambda self, x: self.layer(x) * (3 if hasattr(self.layer(x), "tag") else 2),
+        layer=lambda: nn.Linear(4, 4).double(),
+    )()
+    child.layer.register_forward_hook(lambda module, args, result: setattr(result, "tag", 1))
+    return child
+
+
+hazard("attribute that a hook gives a result", tagging, refused="which a hook of a submodule may have given")
 hazard(
     "attribute of a parameter",
     program(lambda self, x: self.w * x * (3 if getattr(self.w, "tag", 0) else 2), w=lambda: nn.Parameter(filled(1.0))),
