@@ -116,6 +116,7 @@ def test_model(model: Model) -> None:
         for one, other in zip([*losses, *state], [*expected_losses, *expected_state], strict=True):
             _close(one, other, model.dtype)
         fallen = [str(warning.message) for warning in caught if issubclass(warning.category, FallbackWarning)]
+        assert wrapped.cache_info().fallbacks <= model.fallbacks, fallen
         share = _share(ours, wrapped, _arguments(model, model.sizes[0]))
         print(
             f"{model.name}: {'whole' if not fallen else fallen[0][:300]}; {share:.0%} of FLOPs; {wrapped.cache_info()}"

@@ -7,6 +7,17 @@ from pathlib import Path
 import pytest
 from mutants import MUTANTS, Mutant, hunt, plant
 
+#: Found by tests of their own, not by 2,000 random programs.
+_MISSED = {"layouts ignore the strides of dimensions of size 1": "test_tracing.py::test_strides_are_those_of_eager"}
+HUNTED = [
+    pytest.param(
+        mutant,
+        id=mutant.name,
+        marks=pytest.mark.xfail(reason=f"only {_MISSED[mutant.name]} finds it") if mutant.name in _MISSED else (),
+    )
+    for mutant in MUTANTS
+]
+
 
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name)
 def test_every_fault_can_be_planted(mutant: Mutant, tmp_path: Path) -> None:
@@ -14,7 +25,7 @@ def test_every_fault_can_be_planted(mutant: Mutant, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name)
+@pytest.mark.parametrize("mutant", HUNTED)
 def test_random_programs_find_the_fault(mutant: Mutant, tmp_path: Path) -> None:
     done = hunt(mutant, tmp_path)
     assert done.found is not None
