@@ -14,7 +14,7 @@ from . import ambient as ambient_module
 from .cache import Cache, Kind
 from .dispatch import Call, Dispatcher, OnStage, Settings
 from .errors import UntraceableError
-from .live import PartCall, has_own_call, is_compiled, plain_call
+from .live import PartCall, has_own_call, is_compiled, is_made_by_compile, plain_call
 from .specialize import Specialization
 
 SPECIALIZED = "specialized"
@@ -80,8 +80,8 @@ class WholeDispatcher(Dispatcher):
             # torch's own layers hold no contraction beside the one that they are.
             origin = type(module).__module__
             plain = origin.startswith("torch.nn.modules.") and not module._modules
-            other = isinstance(module, torch.jit.ScriptModule) or origin.startswith(("torch._dynamo.", "lazy_einsum."))
-            other = other or is_compiled(module) or has_own_call(module)
+            other = isinstance(module, torch.jit.ScriptModule) or origin.startswith("lazy_einsum.")
+            other = other or is_compiled(module) or is_made_by_compile(module) or has_own_call(module)
             if name and not (plain or other or self.settings.is_leaf(module, name)):
                 yield name, module
 
