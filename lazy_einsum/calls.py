@@ -66,3 +66,13 @@ def call_name(func: Any) -> str:
             getattr(func.__self__, "__name__", None) or getattr(getattr(func.__self__, "fget", None), "__name__", name)
         )
     return str(name)
+
+
+def undropped(
+    input: torch.Tensor, p: float = 0.5, training: bool = True, inplace: bool = False, train: bool | None = None
+) -> torch.Tensor | None:
+    """What a call of ``torch.nn.functional.dropout``, or of ``torch.dropout``, with these arguments gives if it drops
+    nothing: its operand.
+    """
+    drops = training if train is None else train
+    return input if (p == 0 or not drops) and 0 <= p <= 1 and not inplace else None

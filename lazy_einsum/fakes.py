@@ -234,6 +234,31 @@ def with_eager_strides(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any],
     return result
 
 
+def require_grad_as_views(func: Any, args: Any, result: Any) -> None:
+    """Let what the operation ``func`` gave in inference mode require grad where it is a view of what does.
+
+    Torch leaves operations composed of others (``reshape``, ``mT``) whole on their way to fakes in inference mode, and
+    what they give is not known as a view.
+    """
+    if not torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd"):
+        return
+    given = {tensor.untyped_storage()._cdata for tensor in tensors_in(args) if tensor.requires_grad}
+    for tensor in tensors_in(result):
+        if tensor.untyped_storage()._cdata in given and not (tensor.requires_grad or tensor.is_inference()):
+            tensor.requires_grad_()
+
+
+def tensors_in(value: Any) -> Iterator[torch.Tensor]:
+    """The tensors in nested lists, tuples and dictionaries."""
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from tensors_in(item)
+    elif isinstance(value, dict):
+        yield from tensors_in(list(value.values()))
+
+
 def _is_exact(operand: tuple[Sequence[Any], Sequence[Any]]) -> bool:
     shape, stride = operand
     return all(type(number) is int for number in (*shape, *stride))

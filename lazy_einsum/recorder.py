@@ -31,6 +31,7 @@ from .calls import (
     REFLECTED,
     REFUSED,
     call_name,
+    undropped,
 )
 from .data import Constant, Structure, containers_in, flatten, is_array, is_constant, unflatten
 from .decompose import settings
@@ -48,6 +49,8 @@ from .fakes import (
     multilinear,
     python_kernels,
     release,
+    require_grad_as_views,
+    tensors_in,
     with_eager_strides,
     with_tensors,
 )
@@ -174,24 +177,16 @@ class _Net(TorchDispatchMode):  # type: ignore[no-untyped-call]
         for number, argument in enumerate(schema.arguments):
             if argument.alias_info is not None and argument.alias_info.is_write:
                 value = args[number] if number < len(args) else (kwargs or {}).get(argument.name)
-                self.written.extend(_tensors(value))
+                self.written.extend(tensors_in(value))
         for number in HIDDEN_WRITES.get(schema.name, ()):
             if number < len(args):
-                self.written.extend(_tensors(args[number]))
+                self.written.extend(tensors_in(args[number]))
         if torch.Tag.nondeterministic_seeded in func.tags:
             self.random = True
         result = func(*args, **(kwargs or {}))
+        if torch.is_inference_mode_enabled():
+            require_grad_as_views(func, args, result)
         return with_eager_strides(func, args, kwargs or {}, result)
-
-
-def _tensors(value: Any) -> Iterator[torch.Tensor]:
-    if isinstance(value, torch.Tensor):
-        yield value
-    elif isinstance(value, (list, tuple)):
-        for item in value:
-            yield from _tensors(item)
-    elif isinstance(value, dict):
-        yield from _tensors(list(value.values()))
 
 
 def _numbers(value: Any) -> Iterator[Any]:
@@ -580,7 +575,7 @@ class Recorder(TorchFunctionMode):
         try:
             if self._symbols is not None:
                 args, kwargs = plain(args), plain(kwargs)
-            if not (self._fake_mode.allow_non_fake_inputs or all(map(is_fake, _tensors((args, kwargs))))):
+            if not (self._fake_mode.allow_non_fake_inputs or all(map(is_fake, tensors_in((args, kwargs))))):
                 args, kwargs = self._with_stand_ins(args), self._with_stand_ins(kwargs)
             if self._suspended:
                 return func(*args, **kwargs)
@@ -641,13 +636,13 @@ class Recorder(TorchFunctionMode):
             result = func(*args, **kwargs)
         if name == "requires_grad_":
             # As if it wrote: what reads the tensor before may not be done behind it.
-            self._net.written.extend(_tensors(args))
+            self._net.written.extend(tensors_in(args))
         if self._net.random and not self._random_state.same_torch():
             raise self.fail("torch's random generator is seeded inside of forward")
-        if self._net.random and self._guessed_layout and any(map(self._is_made, _tensors((args, kwargs)))):
+        if self._net.random and self._guessed_layout and any(map(self._is_made, tensors_in((args, kwargs)))):
             raise NotGenericError(f"{name} fills memory as it lies, behind an einsum whose layout depends on sizes")
         written = self._written()
-        tensors = list(_tensors(result))
+        tensors = list(tensors_in(result))
         if name in COPIES_AT_NEED:
             self._note_copy({self._storage(tensor) for tensor in (args[0], *tensors)})
         if not written:
@@ -662,7 +657,7 @@ class Recorder(TorchFunctionMode):
 
     def _query(self, func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The answer to a question about a tensor, where sizes are symbolic."""
-        if self._guessed_layout and name in LAYOUT_QUERIES and any(map(self._is_made, _tensors(args))):
+        if self._guessed_layout and name in LAYOUT_QUERIES and any(map(self._is_made, tensors_in(args))):
             raise NotGenericError(f"forward asks for {name} behind an einsum whose layout depends on sizes")
         return seen(func(*args, **kwargs))
 
@@ -671,12 +666,15 @@ class Recorder(TorchFunctionMode):
         return is_fake(tensor) and not any(tensor is own for own in self._inputs)
 
     def _shortcut(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor | None:
-        """The fake result of an einsum of several operands, without running its dozens of steps on fakes (8 ms for
-        three operands; so 0.6).
+        """The fake result of calls that need not or must not run on fakes: an einsum of several operands (its dozens of
+        steps take 8 ms for three; so 0.6), and a dropout that drops nothing, which gives its operand (torch 2.13 makes
+        a copy of a fake).
         """
+        if func in (torch.dropout, torch.nn.functional.dropout) and (kept := undropped(*args, **kwargs)) is not None:
+            return kept
         if func is not torch.functional.einsum or not self._movable or kwargs:
             return None
-        operands = list(_tensors(args))
+        operands = list(tensors_in(args))
         if len(operands) < 2 or not all(is_fake(operand) for operand in operands):
             return None
         if any(is_symbol(n) for operand in operands for n in (*operand.shape, *operand.stride())):

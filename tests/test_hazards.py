@@ -842,6 +842,31 @@ def nested_modes(self: Any, x: Tensor) -> Any:
     return first, second, third, fourth, fifth, x * self.w[0]
 
 
+def views_asked(self: Any, x: Tensor) -> Any:
+    """Views of what requires grad require it in inference mode too, whichever operation made them."""
+    views = (
+        torch.einsum("ij->ji", self.w),
+        self.w.reshape(2, 8),
+        self.w.mT,
+        self.w.flatten(),
+        self.w.unflatten(0, (2, 2)),
+        torch.movedim(self.w, 0, 1),
+        torch.broadcast_to(self.w, (2, 4, 4)),
+        *torch.tensor_split(self.w, 2),
+        self.w.detach(),
+        self.w.mT.reshape(2, 8),
+    )
+    return x, [view * (2 if view.requires_grad else 3) for view in views]
+
+
+def dropped_nothing(self: Any, x: Tensor) -> Any:
+    """Dropout that drops nothing gives its operand itself."""
+    h = x * 2
+    y = self.d(h)
+    y.mul_(3)
+    return h + 1, y is h, nn.functional.dropout(self.w, 0.0, True) is self.w
+
+
 def default_dtype(self: Any, x: Tensor) -> Tensor:
     torch.set_default_dtype(torch.float64)
     try:
@@ -904,6 +929,10 @@ hazard("no_grad around", linear, arguments=with_grad, context=torch.no_grad)
 hazard("inference mode inside", in_context(torch.inference_mode), arguments=with_grad)
 hazard("inference mode inside of no_grad", in_context(torch.inference_mode), context=torch.no_grad)
 hazard("inference mode inside of itself", in_context(torch.inference_mode), context=torch.inference_mode)
+hazard("inference mode around, views", program(views_asked, **WEIGHTS), context=torch.inference_mode)
+for where, context in (("", contextlib.nullcontext), (", in inference mode", torch.inference_mode)):
+    layer = program(dropped_nothing, d=lambda: nn.Dropout(0.5).eval(), **WEIGHTS)
+    hazard(f"dropout that drops nothing{where}", layer, arguments=with_grad, context=context)
 hazard("modes nested", program(nested_modes, **WEIGHTS), arguments=lambda: (x34().requires_grad_(),))
 hazard("inference mode as a decorator", program(torch.inference_mode()(lambda self, x: einsum("ij->ji", x) * 2)))
 hazard("default dtype inside", program(default_dtype), arguments=with_grad)
