@@ -86,6 +86,9 @@ def make_fake(known: TensorType, number: Callable[[Any], Any] = lambda size: siz
             fake = fake.conj()
         if known.is_neg:
             fake = torch._neg_view(fake)
+        if known.is_parameter and not known.is_leaf:
+            # A value that requires grad was written to it.
+            return nn.Parameter(fake, requires_grad=False).add_(torch.zeros_like(fake, requires_grad=True))
         if known.is_parameter:
             return nn.Parameter(fake, requires_grad=known.requires_grad)
         if not known.requires_grad:

@@ -103,12 +103,6 @@ def _snapshot(tensor: Tensor) -> Tensor:
     return tensor.detach().clone()
 
 
-def _layout(tensor: Tensor) -> tuple[Any, ...]:
-    # The stride of a dimension of size 1 is never used, and eager itself gives this or that.
-    strides = tuple(0 if size == 1 else step for size, step in zip(tensor.shape, tensor.stride()))
-    return (tuple(tensor.shape), strides, tensor.storage_offset())
-
-
 def _memory(tensor: Tensor) -> int | None:
     storage = tensor.untyped_storage()
     return storage.data_ptr() if storage.nbytes() else None
@@ -131,9 +125,30 @@ def _aliasing(outputs: list[Tensor], named: Mapping[str, Tensor]) -> tuple[tuple
             if out is other:
                 row.append(("is", name))
             elif _memory(out) is not None and _memory(out) == _memory(other):
-                row.append(("shares memory with", name, *_layout(out)))
+                row.append(("shares memory with", name, _shared(out, other)))
         rows.append(tuple(row))
     return tuple(rows)
+
+
+def _shared(tensor: Tensor, other: Tensor) -> tuple[int, ...]:
+    """For each element of ``tensor`` the number of the first in ``other`` at the same place in memory, or -1: how both
+    lie is their own affair.
+    """
+    places, others = _places(tensor), _places(other)
+    ordered, numbers = torch.sort(others, stable=True)
+    if not others.numel():
+        return (-1,) * places.numel()
+    found = torch.searchsorted(ordered, places).clamp(max=others.numel() - 1)
+    return tuple(torch.where(ordered[found] == places, numbers[found], -1).tolist())
+
+
+def _places(tensor: Tensor) -> Tensor:
+    """The offset in memory of each element, in bytes."""
+    numbers = torch.full(tensor.shape, tensor.storage_offset() * tensor.element_size())
+    for dim, (size, step) in enumerate(zip(tensor.shape, tensor.stride())):
+        along = torch.arange(size) * (step * tensor.element_size())
+        numbers += along.reshape([-1 if d == dim else 1 for d in range(tensor.dim())])
+    return numbers.flatten()
 
 
 def _gradients(

@@ -1186,7 +1186,8 @@ def _within(x: Tensor, others: Sequence[Tensor], shared: str) -> Tensor:
 def _change_state(module: nn.Module, how: str) -> None:
     for name, tensor in list(module.named_parameters()):
         if how == "frozen":
-            tensor.requires_grad_(not tensor.requires_grad)
+            if tensor.is_leaf:  # not where forward wrote a value that requires grad
+                tensor.requires_grad_(not tensor.requires_grad)
         else:
             setattr(module, name, nn.Parameter(tensor.detach() * 1.25, requires_grad=tensor.requires_grad))
     for name, tensor in list(module.named_buffers()):

@@ -867,6 +867,12 @@ def dropped_nothing(self: Any, x: Tensor) -> Any:
     return h + 1, y is h, nn.functional.dropout(self.w, 0.0, True) is self.w
 
 
+def frozen_written(self: Any, x: Tensor) -> Any:
+    """The first call ties a frozen parameter to autograd's graph."""
+    self.w.movedim(0, 1).mul_(x.sum())
+    return x * 2, self.w * 3
+
+
 def default_dtype(self: Any, x: Tensor) -> Tensor:
     torch.set_default_dtype(torch.float64)
     try:
@@ -933,6 +939,13 @@ hazard("inference mode around, views", program(views_asked, **WEIGHTS), context=
 for where, context in (("", contextlib.nullcontext), (", in inference mode", torch.inference_mode)):
     layer = program(dropped_nothing, d=lambda: nn.Dropout(0.5).eval(), **WEIGHTS)
     hazard(f"dropout that drops nothing{where}", layer, arguments=with_grad, context=context)
+FROZEN = {"w": lambda: nn.Parameter(torch.randn(4, 4, dtype=torch.float64), requires_grad=False)}
+hazard(
+    "frozen parameter written with gradients",
+    program(frozen_written, **FROZEN),
+    arguments=with_grad,
+    change=lambda child: None,
+)
 hazard("modes nested", program(nested_modes, **WEIGHTS), arguments=lambda: (x34().requires_grad_(),))
 hazard("inference mode as a decorator", program(torch.inference_mode()(lambda self, x: einsum("ij->ji", x) * 2)))
 hazard("default dtype inside", program(default_dtype), arguments=with_grad)
