@@ -243,12 +243,15 @@ def require_grad_as_views(func: Any, args: Any, result: Any) -> None:
     Torch leaves operations composed of others (``reshape``, ``mT``) whole on their way to fakes in inference mode, and
     what they give is not known as a view.
     """
-    if not torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd"):
-        return
     given = {tensor.untyped_storage()._cdata for tensor in tensors_in(args) if tensor.requires_grad}
-    for tensor in tensors_in(result):
-        if tensor.untyped_storage()._cdata in given and not (tensor.requires_grad or tensor.is_inference()):
-            tensor.requires_grad_()
+    views = [
+        tensor
+        for tensor in tensors_in(result)
+        if tensor.untyped_storage()._cdata in given and not (tensor.requires_grad or tensor.is_inference())
+    ]
+    if views and torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd"):
+        for view in views:
+            view.requires_grad_()
 
 
 def tensors_in(value: Any) -> Iterator[torch.Tensor]:
