@@ -12,7 +12,7 @@ import os
 import random
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -74,6 +74,15 @@ def saved_tensor_hooks() -> object:
     install such. (No public query exists.)
     """
     return torch._C._autograd._top_saved_tensors_default_hooks(True)
+
+
+def own_saved_tensors() -> AbstractContextManager[Any]:
+    """A context in which operations save tensors past the user's saved-tensor hooks: a checkpoint would count fakes, and
+    ``save_on_cpu`` copy them. (Of nested pairs of hooks only the innermost is called.)
+    """
+    if saved_tensor_hooks() is None:
+        return nullcontext()
+    return torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor)
 
 
 def autocast_state() -> tuple[tuple[str, str], ...]:

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from . import ambient as ambient_module
 from .cache import Cache, Family, Kind
@@ -178,7 +179,11 @@ class Dispatcher:
         if found is not None:
             self._use(found[0], shapes)
             return self._run(*found, call)
-        verifier = Verifier(call.child, call.args, call.kwargs) if self.settings.verify else None
+        if isinstance(call.child, nn.Module) and any(map(is_lazy, _tensors_of(call.child))):
+            return call.run_child()  # this call gives parameters their shapes; the next is the first to be looked at
+        # A checkpoint counts what a call saves: the module itself may not run beside.
+        verifies = self.settings.verify and ambient_module.saved_tensor_hooks() is None
+        verifier = Verifier(call.child, call.args, call.kwargs) if verifies else None
         failure: UntraceableError
         try:
             with self.cache.building:
@@ -281,7 +286,8 @@ class Dispatcher:
     ) -> Specialization:
         """Make code for these arguments, in the present ambient state."""
         options, is_leaf = self.settings.options, self._is_leaf
-        entry = specialize(child, arguments, options, is_leaf, on_stage, overlapping, self.name, witnesses)
+        with ambient_module.own_saved_tensors():
+            entry = specialize(child, arguments, options, is_leaf, on_stage, overlapping, self.name, witnesses)
         self.cache.build_seconds += entry.build_seconds
         return entry
 
@@ -423,6 +429,11 @@ class Dispatcher:
         object.__setattr__(stand_in, "__dict__", child.__dict__)
         object.__setattr__(stand_in, "_lazy_einsum", (self, child))
         return plain_call(stand_in)(*call.args, **call.kwargs)
+
+
+def _tensors_of(module: nn.Module) -> Iterator[torch.Tensor]:
+    yield from module.parameters()
+    yield from module.buffers()
 
 
 def _as_for(signature: Signature, other: Signature) -> Signature:

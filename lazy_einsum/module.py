@@ -269,6 +269,11 @@ class OptimizedModule(nn.Module):
             return getattr(self.module, name)
 
     def __setattr__(self, name: str, value: Any) -> None:
+        if name == "__class__":
+            raise TypeError(
+                f"the class of {type(self).__name__} can't be changed to {value.__name__} (as parametrizations do); "
+                "change, or parametrize, its .module"
+            )
         module = self.__dict__["module"]
         if name == "training" or name in _INTERNALS or not isinstance(module, nn.Module):
             super().__setattr__(name, value)

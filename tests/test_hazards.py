@@ -766,7 +766,9 @@ hazard(
     two_linears,
     change=lambda child: parametrize.register_parametrization(child[0], "weight", nn.Tanh()),
 )
-hazard("lazy linear", lambda: nn.Sequential(nn.LazyLinear(3, dtype=torch.float64)), refused="Uninitialized", later=True)
+lazy_layer = functools.partial(nn.LazyLinear, 3, dtype=torch.float64)
+hazard("lazy linear", lambda: nn.Sequential(lazy_layer()), change=lambda child: child.append(nn.Linear(3, 3).double()))
+hazard("lazy child", lazy_layer, change=lambda child: child.double())
 hazard("to float32", lambda: two_linears().float(), arguments=single, change=lambda child: child.to(torch.float32))
 hazard("half", lambda: two_linears().float(), arguments=single, change=lambda child: (child.half(), child.float()))
 hazard("data set", linear, change=lambda child: setattr(child.weight, "data", torch.ones_like(child.weight)))

@@ -16,6 +16,7 @@ import opt_einsum
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import lazy_einsum
 from lazy_einsum import (
@@ -610,3 +611,30 @@ def test_prepare_and_explain() -> None:
 def test_bad_options(arguments: dict[str, Any], error: type[Exception], text: str) -> None:
     with pytest.raises(error, match=text):
         OptimizedModule(**{"module": nn.Identity(), **arguments})
+
+
+def test_a_parametrization_of_the_wrapper_is_refused() -> None:
+    wrapper = OptimizedModule(nn.Linear(4, 3))
+    with pytest.raises(TypeError, match=r"parametrize, its \.module"):
+        nn.utils.parametrizations.weight_norm(wrapper)
+    assert type(wrapper) is OptimizedModule and type(wrapper.module) is nn.Linear
+    nn.utils.parametrizations.weight_norm(OptimizedModule(nn.Linear(4, 3)).module)
+
+
+@pytest.mark.parametrize("verify", [False, True])
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_checkpoint_around_the_wrapper(reentrant: bool, verify: bool) -> None:
+    """The first run of a checkpoint may be a miss, the second a hit; both save the same."""
+    child = Layer()
+    wrapper = OptimizedModule(child, verify=verify)
+    for n in (3, 5, 7, 8, 3):
+        x = torch.randn(n, 4, dtype=torch.float64, requires_grad=True)
+        expected = torch.autograd.grad(child(x).square().sum(), [x, *child.parameters()])
+        y = checkpoint(wrapper, x, use_reentrant=reentrant)
+        for parameter in (x, *child.parameters()):
+            parameter.grad = None
+        y.square().sum().backward()
+        for parameter, gradient in zip((x, *child.parameters()), expected):
+            assert parameter.grad is not None
+            torch.testing.assert_close(parameter.grad, gradient)
+    assert wrapper.cache_info().misses <= 6
