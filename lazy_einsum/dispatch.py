@@ -423,12 +423,16 @@ class Dispatcher:
             reason = "the module has hooks, and a forward of its own instance or a __call__ of its own class"
         if reason is not None:
             return self.fall_back(call, UntraceableError(reason), None)
+        return plain_call(self.stand_in(child))(*call.args, **call.kwargs)
+
+    def stand_in(self, child: nn.Module) -> nn.Module:
+        """A module of the child's class with the child's own attributes, whose ``forward`` is specialized."""
         if self._stand_in is None or self._stand_in.__base__ is not type(child):
             self._stand_in = _stand_in_class(type(child))
         stand_in: nn.Module = object.__new__(self._stand_in)
         object.__setattr__(stand_in, "__dict__", child.__dict__)
         object.__setattr__(stand_in, "_lazy_einsum", (self, child))
-        return plain_call(stand_in)(*call.args, **call.kwargs)
+        return stand_in
 
 
 def _tensors_of(module: nn.Module) -> Iterator[torch.Tensor]:
@@ -446,12 +450,24 @@ def _as_for(signature: Signature, other: Signature) -> Signature:
 def _stand_in_class(kind: type[nn.Module]) -> type[nn.Module]:
     def forward(stand_in: Any, *args: Any, **kwargs: Any) -> Any:
         dispatcher, child = stand_in._lazy_einsum
-        return dispatcher._look_up(Call(child, args, kwargs, hooked=True))
+        call, last = Call(child, args, kwargs, hooked=True), dispatcher.last
+        values = call.fits(last) if last is not None else None
+        if values is not None:
+            return dispatcher._run(last, values, call)
+        return call.run_child() if ambient_module.bypass() is not None else dispatcher._look_up(call)
+
+    def set_class(stand_in: Any, value: type) -> None:
+        stand_in._lazy_einsum[1].__class__ = value
+
+    def reduce(stand_in: Any, protocol: Any) -> Any:
+        return stand_in._lazy_einsum[1].__reduce_ex__(protocol)  # copies and pickles are of the child itself
 
     # In a slot, because the dictionary of attributes is the child's own.
     names = {
         "__slots__": ("_lazy_einsum",),
         "forward": forward,
+        "__reduce_ex__": reduce,
+        "__class__": property(lambda stand_in: type(stand_in._lazy_einsum[1]), set_class),  # parametrizations set it
         "__module__": kind.__module__,
         "__qualname__": kind.__qualname__,
     }

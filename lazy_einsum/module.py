@@ -6,6 +6,7 @@ import contextlib
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from types import MappingProxyType
+from types import MethodType
 from typing import Any
 
 import torch
@@ -266,7 +267,13 @@ class OptimizedModule(nn.Module):
         except AttributeError:
             if name in _OWN:
                 raise
-            return getattr(self.module, name)
+        child = self.module
+        value = getattr(child, name)
+        is_method = type(value) is MethodType and value.__self__ is child and isinstance(child, nn.Module)
+        if is_method and ambient_module.bypass() is None:
+            # So that ``self(x)`` in a method (as in ``generate``) is optimized too.
+            return MethodType(value.__func__, self._dispatcher.stand_in(child))
+        return value
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "__class__":

@@ -767,7 +767,7 @@ hazard(
     change=lambda child: parametrize.register_parametrization(child[0], "weight", nn.Tanh()),
 )
 lazy_layer = functools.partial(nn.LazyLinear, 3, dtype=torch.float64)
-hazard("lazy linear", lambda: nn.Sequential(lazy_layer()), change=lambda child: child.append(nn.Linear(3, 3).double()))
+hazard("lazy linear", lambda: nn.Sequential(lazy_layer()), change=lambda child: child.double())
 hazard("lazy child", lazy_layer, change=lambda child: child.double())
 hazard("to float32", lambda: two_linears().float(), arguments=single, change=lambda child: child.to(torch.float32))
 hazard("half", lambda: two_linears().float(), arguments=single, change=lambda child: (child.half(), child.float()))

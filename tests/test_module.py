@@ -638,3 +638,48 @@ def test_a_checkpoint_around_the_wrapper(reentrant: bool, verify: bool) -> None:
             assert parameter.grad is not None
             torch.testing.assert_close(parameter.grad, gradient)
     assert wrapper.cache_info().misses <= 6
+
+
+class Generating(Layer):
+    """Has methods that call the module itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.generated = 0
+
+    def generate(self, x: Tensor, steps: int) -> Tensor:
+        for _ in range(steps):
+            x = self(torch.cat([x, x[:, :1]], 1)[:, 1:])[:, :4].detach()
+            self.generated += 1
+        return x
+
+    def rename(self) -> nn.Module:
+        return self
+
+    def normalize(self) -> None:
+        nn.utils.parametrizations.weight_norm(self, "w")
+
+
+class Deeper(Generating):
+    def generate(self, x: Tensor, steps: int) -> Tensor:
+        assert isinstance(self, Deeper) and type(self.inner) is nn.Linear
+        return super().generate(x, steps) * 2
+
+
+def test_methods_that_call_the_module_are_optimized() -> None:
+    child = Deeper()
+    wrapped = OptimizedModule(child)
+    x = x34()
+    torch.testing.assert_close(wrapped.generate(x, 3), child.generate(x, 3))
+    assert (wrapped.cache_info().misses, wrapped.cache_info().hits, child.generated) == (1, 2, 6)
+    calls: list[str] = []
+    child.register_forward_hook(lambda module, args, output: calls.append(type(module).__name__))
+    torch.testing.assert_close(wrapped.generate(x, 2), child.generate(x, 2))
+    assert calls == ["Deeper"] * 4
+    copied = copy.deepcopy(wrapped.rename())
+    assert type(copied) is Deeper and copied is not child
+    assert type(pickle.loads(pickle.dumps(wrapped.rename().inner))) is nn.Linear
+    wrapped.normalize()
+    torch.testing.assert_close(wrapped(x), child(x))
+    torch.testing.assert_close(wrapped.generate(x, 2), child.generate(x, 2))
+    assert list(wrapped.state_dict()) == list(child.state_dict())
