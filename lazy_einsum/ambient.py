@@ -77,8 +77,8 @@ def saved_tensor_hooks() -> object:
 
 
 def own_saved_tensors() -> AbstractContextManager[Any]:
-    """A context in which operations save tensors past the user's saved-tensor hooks: a checkpoint would count fakes, and
-    ``save_on_cpu`` copy them. (Of nested pairs of hooks only the innermost is called.)
+    """A context in which operations save tensors past the user's saved-tensor hooks: a checkpoint would count fakes,
+    and ``save_on_cpu`` copy them. (Of nested pairs of hooks only the innermost is called.)
     """
     if saved_tensor_hooks() is None:
         return nullcontext()

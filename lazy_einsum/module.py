@@ -5,8 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from types import MappingProxyType
-from types import MethodType
+from types import MappingProxyType, MethodType
 from typing import Any
 
 import torch

@@ -25,6 +25,7 @@ import types
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -86,6 +87,7 @@ class Hazard:
         context: around each call.
         refused: why it is not specialized, as a regular expression; empty where it is.
         later: it is refused at the first call only.
+        part: of the table.
     """
 
     name: str
@@ -95,13 +97,15 @@ class Hazard:
     context: Callable[[], Any] = contextlib.nullcontext
     refused: str = ""
     later: bool = False
+    part: str = ""
 
 
 ROWS: list[Hazard] = []
+PART = ""
 
 
 def hazard(name: str, make: Callable[[], Any], **options: Any) -> None:
-    ROWS.append(Hazard(name, make, **options))
+    ROWS.append(Hazard(name, make, **options, part=PART))
 
 
 def program(function: Callable[..., Any], **attributes: Callable[[], Any]) -> Callable[[], nn.Module]:
@@ -122,6 +126,7 @@ def enclosing(make: Callable[[], tuple[Callable[..., Any], Any]]) -> Callable[[]
 
 
 # -- arguments and results --------------------------------------------------------------------------------------------
+PART = "Arguments and results"
 
 
 @dataclass
@@ -232,6 +237,7 @@ class Sub(Tensor):
 
 
 # -- what lies outside of the module ----------------------------------------------------------------------------------
+PART = "What lies outside of the module"
 
 TABLE = [torch.ones(4, dtype=torch.float64), torch.full((4,), 2.0, dtype=torch.float64)]
 WEIGHT = torch.randn(4, dtype=torch.float64, requires_grad=True)
@@ -400,6 +406,7 @@ hazard(
 
 
 # -- effects and other inputs -----------------------------------------------------------------------------------------
+PART = "Effects and other inputs"
 
 
 def counting(self: Any, x: Tensor) -> Tensor:
@@ -570,6 +577,7 @@ hazard("buffer replaced", Replaces, refused="sets a parameter, buffer or submodu
 
 
 # -- attributes -------------------------------------------------------------------------------------------------------
+PART = "Attributes"
 
 
 @dataclass
@@ -693,6 +701,7 @@ hazard("lock used", of_attribute(lambda x, o: x * o.locked(), threading.Lock), r
 
 
 # -- state ------------------------------------------------------------------------------------------------------------
+PART = "State"
 
 
 def layers() -> nn.Module:
@@ -809,6 +818,7 @@ def tied() -> nn.Module:
 
 
 # -- contexts, gradients, hooks ---------------------------------------------------------------------------------------
+PART = "Contexts, gradients, hooks"
 
 
 class Twice(torch.autograd.Function):
@@ -1058,3 +1068,38 @@ def test_hazard(row: Hazard) -> None:
 
 def test_every_row_has_a_name_of_its_own() -> None:
     assert len({row.name for row in ROWS}) == len(ROWS)
+
+
+def table() -> str:
+    """The table in words, as it stands in HAZARDS.md."""
+    lines = [
+        "# Hazards",
+        "",
+        "What user code does beside calling torch functions, and what users do to a model between calls. Each is a row",
+        "of `test_hazards.py`, where all that can be seen of the calls has to be as without the wrapper:",
+        "`python -m pytest 'tests/test_hazards.py::test_hazard[global tensors]'`.",
+        "",
+        "What is refused runs as it is, with one warning; its submodules are specialized where they can be.",
+    ]
+    for part in dict.fromkeys(row.part for row in ROWS):
+        rows = [row for row in ROWS if row.part == part]
+        lines += ["", f"## {part}", ""]
+        for title, chosen in (
+            ("specialized", [row.name for row in rows if not row.refused]),
+            ("refused at the first call, then specialized", [row.name for row in rows if row.refused and row.later]),
+            ("refused", [row.name for row in rows if row.refused and not row.later]),
+        ):
+            if chosen:
+                lines += [f"- **{title}**: {'; '.join(chosen)}"]
+    return "\n".join(lines) + "\n"
+
+
+def test_the_table_in_words_is_true() -> None:
+    """``python tests/test_hazards.py`` writes it anew."""
+    assert _WORDS.read_text() == table()
+
+
+_WORDS = Path(__file__).parent / "HAZARDS.md"
+
+if __name__ == "__main__":
+    _WORDS.write_text(table())
