@@ -48,6 +48,11 @@ class LiveCall:
         return result
 
 
+def set_attribute(module: nn.Module, name: str, value: torch.Tensor) -> None:
+    """Make ``value`` an attribute, or buffer, of ``module``, past a ``__setattr__`` of its class: that has run."""
+    nn.Module.__setattr__(module, name, value)
+
+
 class PartCall:
     """Stands in for the call of a submodule while the whole runs as it is.
 

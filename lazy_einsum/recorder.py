@@ -72,7 +72,7 @@ from .graph import (
     type_of,
 )
 from .impure import Watch
-from .live import LiveCall, has_own_call
+from .live import LiveCall, has_own_call, set_attribute
 from .regions import enter_inference, leave_inference
 from .shadow import Shadows
 from .signature import Alias, Arguments, Symbol, TensorType, contiguous_strides
@@ -82,6 +82,7 @@ from .surroundings import MISSING, ContextValue, read_by_function
 from .symbols import NotGenericError, Symbols, is_symbol, plain, seen
 from .where import asked_by_torch, user_line
 
+_BESIDE = "a submodule that stays a live call may read that"
 MAX_NODES = 50_000
 """A ``forward`` that calls more functions than this is not traced."""
 
@@ -338,6 +339,7 @@ class Recorder(TorchFunctionMode):
             raise UntraceableError(side_effect)
         if self._depends_on_order():
             self.shadows.outside.read(settings())
+        self._write_assignments()
         build = self._output(result)
         written = {number for node in self.graph.nodes if (known := facts(node)) for number in known.writes}
         given = [*self._inputs, *self._state_fakes()]
@@ -358,6 +360,16 @@ class Recorder(TorchFunctionMode):
             self._switches_modes,
             tuple(sorted(self._absent)),
         )
+
+    def _write_assignments(self) -> None:
+        """Record what ``forward`` has made attributes and buffers of modules: they are set when all is computed."""
+        for path, name, value in self.shadows.assigned():
+            if self._calls_live:
+                owner = f"{path_name(path)}." if path else ""
+                raise UntraceableError(f"forward sets self.{owner}{name}, and {_BESIDE}")
+            module = self._live_node(self._target(path), path)
+            node = self.graph.call_function(set_attribute, (module, name, self._node(value)))
+            stamp(node, Facts(None, None, (), self._grad, False, ""))
 
     def _note_copy(self, memory: set[int]) -> None:
         """Note the memory of the operand and of the result of a call that copies at need."""
@@ -510,7 +522,8 @@ class Recorder(TorchFunctionMode):
 
     def _target(self, path: Path) -> str:
         """The name of what lies at ``path``, in code."""
-        target = f"outer.{_identifier(path_name(path))}" if path[0][0] == "outer" else path_name(path)
+        outer = bool(path) and path[0][0] == "outer"
+        target = f"outer.{_identifier(path_name(path))}" if outer else path_name(path) or "module"
         while self._state.get(target, path) != path:
             target += "_"
         return target

@@ -11,11 +11,12 @@ fails on locks, generators and lazy modules, copies a trainer's whole state, and
 from __future__ import annotations
 
 import functools
+import sys
 import types
 import weakref
 from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -62,6 +63,14 @@ Fake = Callable[[torch.Tensor, TensorType, Path], torch.Tensor]
 LiveCall = Callable[[nn.Module, nn.Module, Path, str], Callable[..., Any]]
 
 
+class Assigned(NamedTuple):
+    """A tensor that ``forward`` made an attribute, or a buffer, of the module at ``path``."""
+
+    path: Path
+    name: str
+    value: torch.Tensor
+
+
 class Shadows:
     """Makes shadows of one child for one trace, and holds what was read.
 
@@ -87,6 +96,7 @@ class Shadows:
         self._classes: dict[type, frozenset[str]] = {}
         self._live: list[Path] = []
         self._shadows: dict[int, nn.Module] = {}
+        self._modules_at: dict[Path, tuple[nn.Module, nn.Module]] = {}  # live and shadow
         self._refused: str | None = None
 
     def note(self, path: Path, found: Found, question: str = "") -> None:
@@ -116,6 +126,7 @@ class Shadows:
             raise UntraceableError(f"{name} ({kind.__name__}) can't be stood in for: it is no initialized nn.Module")
         self._seen[id(live)] = (live, shadow, path)
         self._shadows[id(shadow)] = shadow
+        self._modules_at[path] = live, shadow
         self.note(path, ModuleClass(kind))
         reason = self._why_live(live, path)
         if reason is not None:
@@ -339,19 +350,49 @@ class Shadows:
         """Whether ``path`` leads into a submodule that stays a live call."""
         return any(path[: len(live)] == live for live in self._live)
 
+    def assigned(self) -> list[Assigned]:
+        """The tensors that ``forward`` made attributes and buffers of modules, as they are at its end."""
+        found = []
+        for own, original, path in self._originals:
+            if path not in self._modules_at or self.is_live(path):
+                continue
+            live, shadow = self._modules_at[path]
+            if shadow.__dict__ is not own:
+                continue
+            changed = {name: value for name, value in own.items() if value is not original.get(name, self)}
+            changed |= {name: dict.get(own["_buffers"], name) for name in own["_buffers"].changed}
+            for name, value in changed.items():
+                if isinstance(value, torch.Tensor) and self._may_assign(live, path, name, value):
+                    found.append(Assigned(path, name, value))
+        return found
+
+    def _may_assign(self, live: nn.Module, path: Path, name: str, value: torch.Tensor) -> bool:
+        """Whether a tensor may become an attribute: not where the class has its own way with that name, and not where
+        ``forward`` has read a tensor of another type there, as all later calls would be misses.
+        """
+        if hasattr(type(live), name):
+            return False
+        known = self.reads.get(((*path, ("buffer" if name in live.__dict__["_buffers"] else "attribute", name)), ""))
+        if not isinstance(known, TensorType):
+            return True
+        return (known.dtype, known.device, known.shape) == (value.dtype, value.device, tuple(value.shape))
+
     def side_effect(self) -> str | None:
-        """What ``forward`` changed in the shadow, in words, or ``None``. What happens inside of live calls is
-        theirs.
+        """What ``forward`` changed in the shadow beside what is ``assigned``, in words, or ``None``. What happens
+        inside of live calls is theirs.
         """
         if self._refused is not None:
             return self._refused
+        assigned = {(item.path, item.name) for item in self.assigned()}
         for stand_in, original, path in self._originals:
             if self.is_live(path):
                 continue
             name = f"self.{path_name(path)}" if path else "the module"
             if isinstance(stand_in, dict):
                 changed = [
-                    key for key in {**original, **stand_in} if stand_in.get(key, self) is not original.get(key, self)
+                    key
+                    for key in {**original, **stand_in}
+                    if stand_in.get(key, self) is not original.get(key, self) and (path, key) not in assigned
                 ]
                 if changed:
                     return (
@@ -360,7 +401,7 @@ class Shadows:
                         else f"forward changes {name}"
                     )
                 tables = [value for value in stand_in.values() if isinstance(value, _Table)]
-                if any(table.changed for table in tables):
+                if any((path, key) not in assigned for table in tables for key in table.changed):
                     return f"forward sets a parameter, buffer or submodule of {name}"
             elif isinstance(stand_in, set):
                 if stand_in != original:
@@ -373,6 +414,7 @@ class Shadows:
         """Drop all stand-ins; the reads stay."""
         self._seen.clear()
         self._shadows.clear()
+        self._modules_at.clear()
         self._originals.clear()
         self.outside.forget()
 
@@ -403,7 +445,7 @@ class _Table(dict[str, Any]):
         self._path = path
         self._table = table
         self._names = tuple(live.__dict__[table])
-        self.changed = False
+        self.changed: set[str] = set()
 
     def _how(self, name: str) -> Path:
         how = {"_parameters": "parameter", "_buffers": "buffer", "_modules": "module"}[self._table]
@@ -414,6 +456,8 @@ class _Table(dict[str, Any]):
     def __contains__(self, name: object) -> bool:
         if name in self._names:
             return True
+        if sys._getframe(1).f_code is nn.Module.__setattr__.__code__:
+            return False  # asked where a plain attribute goes that is being set
         own = self._live.__dict__
         if self._table == "_parameters" and not self._shadows.is_live(self._path):
             return name in own and name not in _INTERNAL and name != "_compiled_call_impl"
@@ -460,11 +504,12 @@ class _Table(dict[str, Any]):
     def __setitem__(self, name: str, value: Any) -> None:
         # Setting the very tensor that is there, as spectral_norm does after writing to it in place, changes nothing.
         if dict.get(self, name, self) is not value:
-            self.changed = True
+            self.changed.add(name)
         super().__setitem__(name, value)
 
     def __delitem__(self, name: str) -> None:
-        self.changed = True
+        self.changed.add(name)
+        super().pop(name, None)
 
     def _refuse(self, *args: Any, **kwargs: Any) -> Any:
         raise UntraceableError(f"forward changes {path_name(self._path) or 'the module'}.{self._table}")

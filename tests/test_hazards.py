@@ -522,7 +522,6 @@ hazard(
 hazard(
     "tensor attribute set",
     program(lambda self, x: (setattr(self, "h", x.detach() * 2), self.h + 1)[1]),
-    refused="sets",
 )
 hazard(
     "type compared",
@@ -563,17 +562,93 @@ hazard(
 )
 
 
-class Replaces(nn.Module):
-    def __init__(self) -> None:
+class Keeps(nn.Module):
+    """Keeps results as attributes and buffers, as ``function(self, x)`` says."""
+
+    def __init__(self, function: Callable[[Any, Tensor], Any]) -> None:
         super().__init__()
+        self.function = function
+        self.inner = nn.Linear(4, 4).double()
         self.register_buffer("sum", torch.zeros(4, dtype=torch.float64))
+        self.register_buffer("empty", None)
+        self.plain = torch.ones(4, dtype=torch.float64)
 
-    def forward(self, x: Tensor) -> Tensor:
-        self.sum = self.sum + x.detach().sum(0)
-        return x + self.sum
+    def forward(self, x: Tensor) -> Any:
+        return self.function(self, x)
 
 
-hazard("buffer replaced", Replaces, refused="sets a parameter, buffer or submodule")
+def buffer_replaced(self: Any, x: Tensor) -> Tensor:
+    self.sum = self.sum * 0.5 + x.detach().sum(0)
+    return x + self.sum
+
+
+def buffer_filled(self: Any, x: Tensor) -> Tensor:
+    self.empty = x.detach().sum(0)
+    return x * 2
+
+
+def attribute_kept(self: Any, x: Tensor) -> Tensor:
+    scores = einsum("ij,kj->ik", x, self.inner(x))
+    self.scores = scores.detach()
+    self.inner.last = scores
+    return scores * 2
+
+
+def attribute_replaced(self: Any, x: Tensor) -> Any:
+    before = self.plain
+    self.plain = self.plain + x.detach().mean(0)
+    return x * self.plain, before
+
+
+def state_of_its_own(self: Any, x: Tensor) -> Tensor:
+    if getattr(self, "state", None) is None:
+        self.state = torch.zeros(3, 4, dtype=x.dtype)
+    self.state = einsum("ij,jk->ik", x, self.inner.weight).detach() + self.state
+    return self.state * x
+
+
+def argument_kept(self: Any, x: Tensor) -> Tensor:
+    self.given = x
+    return x + 1
+
+
+def result_kept(self: Any, x: Tensor) -> Tensor:
+    self.sum = y = x.detach().sum(0) * 2
+    return y
+
+
+def buffer_grows(self: Any, x: Tensor) -> Tensor:
+    self.sum = torch.cat([self.sum, x.detach()[0]])
+    return x * self.sum.sum()
+
+
+def parameter_replaced(self: Any, x: Tensor) -> Tensor:
+    y = self.inner(x)
+    self.inner.weight = nn.Parameter(self.inner.weight * 0.5)
+    return y
+
+
+def buffer_deleted(self: Any, x: Tensor) -> Tensor:
+    y = x + getattr(self, "sum", 0)
+    if hasattr(self, "sum"):
+        del self.sum
+    return y
+
+
+for function in (
+    buffer_replaced,
+    buffer_filled,
+    attribute_kept,
+    attribute_replaced,
+    state_of_its_own,
+    argument_kept,
+    result_kept,
+):
+    name = function.__name__.replace("_", " ")
+    hazard(name, functools.partial(Keeps, function), arguments=with_grad, change=lambda child: child.inner.double())
+hazard("buffer grows", functools.partial(Keeps, buffer_grows), refused="sets a parameter, buffer or submodule")
+hazard("parameter replaced in forward", functools.partial(Keeps, parameter_replaced), refused="sets a parameter")
+hazard("buffer deleted", functools.partial(Keeps, buffer_deleted), refused="sets a parameter", later=True)
 
 
 # -- attributes -------------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import gc
 import io
 import logging
@@ -683,3 +684,46 @@ def test_methods_that_call_the_module_are_optimized() -> None:
     torch.testing.assert_close(wrapped(x), child(x))
     torch.testing.assert_close(wrapped.generate(x, 2), child.generate(x, 2))
     assert list(wrapped.state_dict()) == list(child.state_dict())
+
+
+class Keeping(nn.Module):
+    """Keeps its argument, its result and what lies between, in itself and in a submodule."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(4, 4).double()
+        self.register_buffer("mean", torch.zeros(4, dtype=torch.float64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.given = x
+        self.inner.scores = einsum("ij,jk,kl->il", x, self.inner.weight, self.inner.weight)
+        self.mean = 0.9 * self.mean + 0.1 * x.detach().mean(0)
+        self.result = self.inner.scores * 2
+        return self.result
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value * 2 if name == "mean" else value)
+
+
+@pytest.mark.parametrize("verify", [False, True])
+def test_what_forward_keeps(verify: bool) -> None:
+    theirs, child = Keeping(), Keeping()
+    child.load_state_dict(theirs.state_dict())
+    wrapped = OptimizedModule(child, verify=verify)
+    for number in range(12):
+        x = x34(3 + number % 4).requires_grad_()
+        expected, found = theirs(x), wrapped(x)
+        assert child.given is x and child.result is found and theirs.result is expected
+        for name in ("mean", "inner.scores", "result"):
+            ours, wanted = (functools.reduce(getattr, name.split("."), module) for module in (child, theirs))
+            torch.testing.assert_close(ours, wanted)
+            assert ours.requires_grad == wanted.requires_grad, name
+        torch.testing.assert_close(
+            torch.autograd.grad(child.inner.scores.sum(), x), torch.autograd.grad(theirs.inner.scores.sum(), x)
+        )
+        assert list(wrapped.state_dict()) == list(theirs.state_dict())
+    info = wrapped.cache_info()
+    assert (info.fallbacks, info.hits + info.misses) == (0, 12) and info.hits >= 6, info
+    kept = weakref.ref(child.result)
+    del found, ours, child.result
+    assert kept() is None

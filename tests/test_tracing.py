@@ -203,8 +203,7 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "branch on a value": (program(lambda self, x: x * 2 if x.sum() > 0 else x), "values of a tensor"),
     "boolean mask": (program(lambda self, x: x[x > 0]), "values of a tensor"),
     "numpy": (program(lambda self, x: torch.from_numpy(x.detach().numpy() * 2)), "numpy"),
-    "counter": (program(counts, n=0), "sets an attribute"),
-    "attribute set": (program(remembers), "sets the module.h"),
+    "counter": (program(counts, n=0), "sets the module.n"),
     "list appended": (program(appends, log=lambda: []), "changes self.log"),
     "object changed": (program(changes_configuration, configuration=Configuration), "sets self.configuration.use"),
     "parameter of another module": (program(lambda self, x: x * OTHER.weight[0]), "neither an argument nor reached"),
@@ -294,6 +293,7 @@ def tied() -> nn.Module:
 
 
 TRACED: dict[str, Callable[[], nn.Module]] = {
+    "attribute set": program(remembers),
     "configuration object": program(lambda self, x: x * self.c.sizes[0] if self.c.use else x, c=Configuration),
     "frozen dataclass": program(lambda self, x: x * self.c.scale, c=FrozenConfiguration),
     "lock not used": program(lambda self, x: x * 2, lock=threading.Lock),
