@@ -394,12 +394,12 @@ class Shadows:
                     for key in {**original, **stand_in}
                     if stand_in.get(key, self) is not original.get(key, self) and (path, key) not in assigned
                 ]
+                if changed and isinstance(changed[0], str):
+                    other = isinstance(stand_in.get(changed[0]), torch.Tensor) and path in self._modules_at
+                    why = " to a tensor of another type than the one that it reads there" if other else ""
+                    return f"forward sets self.{path_name((*path, ('attribute', changed[0])))}{why}"
                 if changed:
-                    return (
-                        f"forward sets {name}.{changed[0]}"
-                        if isinstance(changed[0], str)
-                        else f"forward changes {name}"
-                    )
+                    return f"forward changes {name}"
                 tables = [value for value in stand_in.values() if isinstance(value, _Table)]
                 if any((path, key) not in assigned for table in tables for key in table.changed):
                     return f"forward sets a parameter, buffer or submodule of {name}"

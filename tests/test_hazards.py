@@ -493,7 +493,7 @@ def with_effect(effect: Callable[[], Any]) -> Callable[[], nn.Module]:
 hazard("counter in a class", program(counting), refused=r"changes Tables\.calls")
 hazard("list as a default argument grows", mutable_default, refused="__defaults__")
 hazard("cache filled at the first call", lazily_cached, refused="changes cache", later=True)
-hazard("cached property", CachedProperty, refused=r"sets the module\.factor", later=True)
+hazard("cached property", CachedProperty, refused=r"sets self\.factor", later=True)
 hazard("print that is not reached, log that is off", Verbose)
 hazard("print", with_effect(lambda: print("", end="")), refused=r"calls print\(\)")
 hazard("write to a stream", with_effect(lambda: sys.__stderr__.write("")), refused=r"write\(\)")

@@ -203,7 +203,7 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "branch on a value": (program(lambda self, x: x * 2 if x.sum() > 0 else x), "values of a tensor"),
     "boolean mask": (program(lambda self, x: x[x > 0]), "values of a tensor"),
     "numpy": (program(lambda self, x: torch.from_numpy(x.detach().numpy() * 2)), "numpy"),
-    "counter": (program(counts, n=0), "sets the module.n"),
+    "counter": (program(counts, n=0), "sets self.n"),
     "list appended": (program(appends, log=lambda: []), "changes self.log"),
     "object changed": (program(changes_configuration, configuration=Configuration), "sets self.configuration.use"),
     "parameter of another module": (program(lambda self, x: x * OTHER.weight[0]), "neither an argument nor reached"),
