@@ -10,6 +10,7 @@ import logging
 import warnings
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -20,7 +21,7 @@ from . import ambient as ambient_module
 from .cache import Cache, Family, Kind
 from .errors import CacheThrashWarning, FallbackWarning, UntraceableError
 from .generic import comparable, generalize, numbers_that_vary, places_of, values_of
-from .live import LiveCallChanged, has_own_call, is_compiled, is_part, plain_call
+from .live import Caller, LiveCallChanged, direct_call, has_own_call, is_compiled, is_part, plain_call
 from .passes import Options
 from .recorder import Trace
 from .signature import Arguments, ForeignTraceError, Signature
@@ -113,7 +114,7 @@ class Dispatcher:
         self.settings = settings
         self.cache = cache
         self.last: Specialization | None = None
-        self._stand_in: type[nn.Module] | None = None
+        self._stand_in: tuple[type[nn.Module], type[nn.Module]] | None = None
 
     def __call__(self, child: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call ``child`` through its specialization for these arguments."""
@@ -287,12 +288,21 @@ class Dispatcher:
         """Make code for these arguments, in the present ambient state."""
         options, is_leaf = self.settings.options, self._is_leaf
         with ambient_module.own_saved_tensors():
-            entry = specialize(child, arguments, options, is_leaf, on_stage, overlapping, self.name, witnesses)
+            entry = specialize(
+                child, arguments, options, is_leaf, on_stage, overlapping, self.name, witnesses, self._hooked
+            )
         self.cache.build_seconds += entry.build_seconds
         return entry
 
     def _is_leaf(self, module: nn.Module, name: str) -> bool:
-        return self.settings.is_leaf(module, f"{self.name}.{name}" if self.name else name)
+        return self.settings.is_leaf(module, self._qualified(name))
+
+    def _qualified(self, name: str) -> str:
+        return f"{self.name}.{name}" if self.name else name
+
+    def _hooked(self, name: str) -> Caller:
+        """What calls a submodule that stays a live call because it has hooks."""
+        return direct_call
 
     def _reason(self, signature: Signature) -> str:
         """Which part of the key differs from the nearest entry: the one that agrees longest."""
@@ -389,17 +399,24 @@ class Dispatcher:
         reason = str(error)
         with self.cache.lock:
             again = kind is not None and self.cache.refuse(kind, call.mode)
-            new = not again and reason not in self.cache.reasons
-            self.cache.reasons[reason] = None
-        if new:
-            logger.info("%s runs as it is: %s", call.name, reason)
-            if self.settings.on_untraceable == "warn":
-                warnings.warn(
-                    f"{call.name} runs as it is, not optimized: {reason}{self.describe_parts()}",
-                    FallbackWarning,
-                    stacklevel=users_stacklevel(),
-                )
+        self.warn(call, reason, again)
         return result
+
+    def warn(self, call: Call, reason: str, known: bool) -> None:
+        """Say once why calls run as they are, unless this is ``known`` already."""
+        with self.cache.lock:
+            new = not known and reason not in self.cache.reasons
+            self.cache.reasons[reason] = None
+        if not new:
+            return
+        name = f"{self.name} ({call.name})" if self.name else call.name
+        logger.info("%s runs as it is: %s", name, reason)
+        if self.settings.on_untraceable == "warn":
+            warnings.warn(
+                f"{name} runs as it is, not optimized: {reason}{self.describe_parts()}",
+                FallbackWarning,
+                stacklevel=users_stacklevel(),
+            )
 
     def run_as_it_is(self, call: Call) -> Any:
         """Run what can't be specialized as a whole."""
@@ -412,8 +429,8 @@ class Dispatcher:
     def _with_hooks(self, call: Call) -> Any:
         """Call a child that has hooks of its own: torch runs them, around the specialized ``forward``.
 
-        They see a stand-in of the child's class with the child's own attributes, because ``forward`` can't be
-        replaced in the child itself: other threads would see it.
+        It runs them for a stand-in of the child's class with the child's own attributes, because ``forward`` can't be
+        replaced in the child itself: other threads would see it. The hooks are given the child.
         """
         child = call.child
         reason = None
@@ -423,13 +440,18 @@ class Dispatcher:
             reason = "the module has hooks, and a forward of its own instance or a __call__ of its own class"
         if reason is not None:
             return self.fall_back(call, UntraceableError(reason), None)
-        return plain_call(self.stand_in(child))(*call.args, **call.kwargs)
+        return plain_call(self.stand_in(child, runs_hooks=True))(*call.args, **call.kwargs)
 
-    def stand_in(self, child: nn.Module) -> nn.Module:
-        """A module of the child's class with the child's own attributes, whose ``forward`` is specialized."""
-        if self._stand_in is None or self._stand_in.__base__ is not type(child):
-            self._stand_in = _stand_in_class(type(child))
-        stand_in: nn.Module = object.__new__(self._stand_in)
+    def stand_in(self, child: nn.Module, runs_hooks: bool = False) -> nn.Module:
+        """A module of the child's class with the child's own attributes, whose ``forward`` is specialized.
+
+        Args:
+            child: what it stands for.
+            runs_hooks: whether it is for torch to run the child's hooks, rather than for the user.
+        """
+        if self._stand_in is None or self._stand_in[0].__base__ is not type(child):
+            self._stand_in = _stand_in_class(type(child), False), _stand_in_class(type(child), True)
+        stand_in: nn.Module = object.__new__(self._stand_in[runs_hooks])
         object.__setattr__(stand_in, "__dict__", child.__dict__)
         object.__setattr__(stand_in, "_lazy_einsum", (self, child))
         return stand_in
@@ -447,7 +469,7 @@ def _as_for(signature: Signature, other: Signature) -> Signature:
     return other
 
 
-def _stand_in_class(kind: type[nn.Module]) -> type[nn.Module]:
+def _stand_in_class(kind: type[nn.Module], runs_hooks: bool) -> type[nn.Module]:
     def forward(stand_in: Any, *args: Any, **kwargs: Any) -> Any:
         dispatcher, child = stand_in._lazy_einsum
         call, last = Call(child, args, kwargs, hooked=True), dispatcher.last
@@ -462,8 +484,12 @@ def _stand_in_class(kind: type[nn.Module]) -> type[nn.Module]:
     def reduce(stand_in: Any, protocol: Any) -> Any:
         return stand_in._lazy_einsum[1].__reduce_ex__(protocol)  # copies and pickles are of the child itself
 
+    def call(stand_in: Any, *args: Any, **kwargs: Any) -> Any:
+        dispatcher, child = stand_in._lazy_einsum
+        return plain_call(dispatcher.stand_in(child, runs_hooks=True))(*args, **kwargs)
+
     # In a slot, because the dictionary of attributes is the child's own.
-    names = {
+    names: dict[str, Any] = {
         "__slots__": ("_lazy_einsum",),
         "forward": forward,
         "__reduce_ex__": reduce,
@@ -471,4 +497,20 @@ def _stand_in_class(kind: type[nn.Module]) -> type[nn.Module]:
         "__module__": kind.__module__,
         "__qualname__": kind.__qualname__,
     }
+    if runs_hooks:
+        names.update((table, property(partial(_hooks_of_child, table))) for table in HOOKS)
+    else:
+        names["_call_impl"] = call
     return type(kind.__name__, (kind,), names)
+
+
+def _hooks_of_child(table: str, stand_in: Any) -> dict[int, Callable[..., Any]]:
+    """The child's present hooks, as the stand-in calls them: each is given the child in the place of the stand-in.
+    (Hooks compare it, and keep what they find under it.)
+    """
+    _, child = stand_in._lazy_einsum
+    return {number: partial(_with_child, hook, child) for number, hook in child.__dict__[table].items()}
+
+
+def _with_child(hook: Callable[..., Any], child: nn.Module, _: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    return hook(child, *args, **kwargs)

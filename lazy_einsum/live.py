@@ -18,6 +18,18 @@ from .errors import UntraceableError
 from .signature import TensorType
 
 
+HAS_HOOKS = "it has hooks"
+"""Why most live calls are live."""
+
+Caller = Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], Any]
+"""Calls a module with arguments and keyword arguments."""
+
+
+def direct_call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Call ``module`` as it is."""
+    return module(*args, **kwargs)
+
+
 class LiveCall:
     """Calls a live submodule in the middle of specialized code, and checks that it gives what the code after it was
     made for.
@@ -25,20 +37,25 @@ class LiveCall:
     Args:
         name: qualified name of the submodule.
         types: expected types of the tensors in its result.
+        caller: what calls it.
     """
 
-    def __init__(self, name: str, types: tuple[TensorType, ...]) -> None:
+    def __init__(self, name: str, types: tuple[TensorType, ...], caller: Caller = direct_call) -> None:
         self.__name__ = "live_call"
         self.__qualname__ = "live_call"
         self.__module__ = __name__
         self._name = name
         self._types = types
+        self._caller = caller
 
     def __call__(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         """Call ``module`` and check its result."""
-        result = module(*args, **kwargs)
+        result = self._caller(module, args, kwargs)
         found: list[Any] = []
         flatten(result, found)
+        for value in found:
+            if isinstance(value, torch.Tensor) and type(value) not in (torch.Tensor, nn.Parameter):
+                raise LiveCallChanged(f"{self._name} gave a {type(value).__name__}, a subclass of torch.Tensor")
         tensors = tuple(TensorType.of(value) for value in found if isinstance(value, torch.Tensor))
         if tuple(map(_comparable, tensors)) != tuple(map(_comparable, self._types)):
             raise LiveCallChanged(
@@ -61,7 +78,7 @@ class PartCall:
         module: the submodule.
     """
 
-    def __init__(self, call: Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], Any], module: nn.Module) -> None:
+    def __init__(self, call: Caller, module: nn.Module) -> None:
         self._call = call
         self._module = weakref.ref(module)
 

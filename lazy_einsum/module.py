@@ -344,7 +344,7 @@ def _dispatcher(settings: Mapping[str, Any]) -> WholeDispatcher:
         settings["verify"],
         settings["dynamic"],
     )
-    return WholeDispatcher(chosen, Cache(settings["maxsize"]))
+    return WholeDispatcher("", chosen, Cache(settings["maxsize"]))
 
 
 def _leaf_test(leaf_modules: tuple[type | str, ...]) -> Callable[[nn.Module, str], bool]:

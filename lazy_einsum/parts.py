@@ -1,9 +1,12 @@
-"""Parts: where a module can't be traced as a whole, its submodules are specialized, each on its own."""
+"""Parts: submodules that are specialized on their own: those with hooks, which specialized code calls; where a module
+can't be traced as a whole, all of its submodules; and what ``DistributedDataParallel`` wraps.
+"""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Hashable, Iterator
+import weakref
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,8 +16,9 @@ from torch import nn
 from . import ambient as ambient_module
 from .cache import Cache, Kind
 from .dispatch import Call, Dispatcher, OnStage, Settings
+from .distributed import wrapped_by
 from .errors import UntraceableError
-from .live import PartCall, has_own_call, is_compiled, is_made_by_compile, plain_call
+from .live import Caller, PartCall, has_own_call, is_compiled, is_made_by_compile, is_part, plain_call
 from .specialize import Specialization
 
 SPECIALIZED = "specialized"
@@ -24,19 +28,42 @@ IDLE = "nothing to optimize"
 class WholeDispatcher(Dispatcher):
     """Calls the child of a wrapper; where that can't be traced, its submodules are specialized."""
 
-    def __init__(self, settings: Settings, cache: Cache) -> None:
-        super().__init__("", settings, cache)
+    def __init__(self, name: str, settings: Settings, cache: Cache) -> None:
+        super().__init__(name, settings, cache)
         self._parts: dict[str, PartDispatcher] = {}
+        self._inner: WholeDispatcher | None = None
         self._installed: list[PartCall] = []
         self._users = 0
         self._active = threading.local()
 
+    # -- the whole
+
+    def prepare(self, child: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Specialization:
+        """The specialization for a call, built where there is none, without calling anything."""
+        wrapped = wrapped_by(child)
+        if wrapped is not None:
+            name, module = wrapped
+            return self._dispatcher_inside(name).prepare(module, args, kwargs)
+        return super().prepare(child, args, kwargs)
+
+    def _look_up(self, call: Call, shapes: Hashable = None) -> Any:
+        wrapped = wrapped_by(call.child)
+        if wrapped is None:
+            return super()._look_up(call, shapes)
+        # What it does around the call of its module is communication, which is never recorded.
+        name, module = wrapped
+        with self._install([(self._dispatcher_inside(name), module)]), self._activate(True):
+            return call.run_child()
+
+    def _dispatcher_inside(self, name: str) -> WholeDispatcher:
+        with self.cache.lock:
+            if self._inner is None:
+                self._inner = WholeDispatcher(self._qualified(name), self.settings, self.cache)
+            return self._inner
+
     def run_as_it_is(self, call: Call) -> Any:
         """Run the child's own code, calls of its submodules each through a dispatcher."""
-        if not isinstance(call.child, nn.Module):
-            return call.run_child()
-        with self._install(call.child), self._activate(True):
-            return call.run_child()
+        return self.run_in_parts(call, self.name)
 
     def describe_parts(self) -> str:
         """What became of submodules, in words."""
@@ -45,23 +72,39 @@ class WholeDispatcher(Dispatcher):
         text = f"; specialized on their own: {', '.join(done)}" if done else ""
         return text + "".join(f"; {name} runs as it is: {reason}" for name, reason in left.items())
 
+    # -- its parts
+
+    @property
+    def is_active(self) -> bool:
+        """Whether calls of submodules in this thread go through dispatchers."""
+        return getattr(self._active, "value", False)
+
     @contextmanager
     def _activate(self, active: bool) -> Iterator[None]:
         """Let calls of submodules in this thread go through dispatchers, or not."""
-        before = getattr(self._active, "value", False)
+        before = self.is_active
         self._active.value = active
         try:
             yield
         finally:
             self._active.value = before
 
+    def run_in_parts(self, call: Call, name: str) -> Any:
+        """Run the own code of the child, or of its submodule ``name``, calls of submodules each through a
+        dispatcher.
+        """
+        if not isinstance(call.child, nn.Module):
+            return call.run_child()
+        with self._install(self._candidates(call.child, name)), self._activate(True):
+            return call.run_child()
+
     @contextmanager
-    def _install(self, child: nn.Module) -> Iterator[None]:
-        # In the live modules, where other threads see it too: for those it does nothing (see _call_part). Only while
+    def _install(self, parts: Iterable[tuple[Dispatcher, nn.Module]]) -> Iterator[None]:
+        # In the live modules, where other threads see it too: for those it does nothing (see _caller). Only while
         # the child runs: afterwards it is as it was.
         with self.cache.lock:
             if not self._users:
-                self._installed = [PartCall(self._part(name), module) for name, module in self._candidates(child)]
+                self._installed = [PartCall(self._caller(part), module) for part, module in parts]
                 for call in self._installed:
                     call.install()
             self._users += 1
@@ -75,28 +118,37 @@ class WholeDispatcher(Dispatcher):
                         call.remove()
                     self._installed = []
 
-    def _candidates(self, child: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-        for name, module in child.named_modules():
-            # torch's own layers hold no contraction beside the one that they are.
-            origin = type(module).__module__
-            plain = origin.startswith("torch.nn.modules.") and not module._modules
-            other = isinstance(module, torch.jit.ScriptModule) or origin.startswith("lazy_einsum.")
-            other = other or is_compiled(module) or is_made_by_compile(module) or has_own_call(module)
-            if name and not (plain or other or self.settings.is_leaf(module, name)):
-                yield name, module
+    def _candidates(self, child: nn.Module, prefix: str) -> Iterator[tuple[Dispatcher, nn.Module]]:
+        for name, module in child.named_modules(prefix=prefix):
+            if module is not child and not self._is_plain(module) and not self.settings.is_leaf(module, name):
+                yield self._part(name), module
 
-    def _part(self, name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], Any]:
-        if name not in self._parts:
-            self._parts[name] = PartDispatcher(name, self.settings, self.cache)
-        part = self._parts[name]
+    @staticmethod
+    def _is_plain(module: nn.Module) -> bool:
+        """Whether ``module`` has no dispatcher of its own in any case."""
+        # torch's own layers hold no contraction beside the one that they are.
+        origin = type(module).__module__
+        plain = origin.startswith("torch.nn.modules.") and not module._modules
+        other = isinstance(module, torch.jit.ScriptModule) or origin.startswith("lazy_einsum.")
+        return plain or other or is_compiled(module) or is_made_by_compile(module) or has_own_call(module)
 
+    def _part(self, name: str) -> PartDispatcher:
+        with self.cache.lock:
+            if name not in self._parts:
+                self._parts[name] = PartDispatcher(name, self)
+            return self._parts[name]
+
+    def _caller(self, part: Dispatcher) -> Caller:
         def call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            if not getattr(self._active, "value", False):
+            if not self.is_active:
                 return plain_call(module)(*args, **kwargs)
+            if not isinstance(part, PartDispatcher):
+                with self._activate(False):
+                    return part(module, args, kwargs)
             if ambient_module.saved_tensor_hooks() is not None:
                 # A checkpoint runs it a second time when nothing is installed, and compares what both runs save.
                 with self.cache.lock:
-                    self.cache.parts[name] = "called by a checkpoint, or under other saved-tensor hooks"
+                    self.cache.parts[part.name] = "called by a checkpoint, or under other saved-tensor hooks"
                 return plain_call(module)(*args, **kwargs)
             if part.is_idle(module, args, kwargs):
                 with self._activate(False):
@@ -105,12 +157,39 @@ class WholeDispatcher(Dispatcher):
 
         return call
 
+    def _hooked(self, name: str) -> Caller:
+        return self.hooked_part(self._qualified(name))
+
+    def hooked_part(self, name: str) -> Caller:
+        """What calls the submodule ``name`` from specialized code, which has it as a live call because it has hooks:
+        these run as ever, around the specialized ``forward``.
+        """
+        # Generated code is kept for longer than the cache that it was made for.
+        whole = weakref.ref(self)
+
+        def call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            dispatcher = whole()
+            if dispatcher is None or dispatcher._is_plain(module):
+                return module(*args, **kwargs)
+            part = dispatcher._part(name)
+            if part.is_idle(module, args, kwargs):
+                return (plain_call(module) if is_part(module) else module)(*args, **kwargs)
+            return part(module, args, kwargs)
+
+        return call
+
 
 class PartDispatcher(Dispatcher):
-    """Calls one submodule of a child that can't be traced as a whole."""
+    """Calls one submodule of a child: one that has hooks, or one of a child that can't be traced as a whole.
 
-    def __init__(self, name: str, settings: Settings, cache: Cache) -> None:
-        super().__init__(name, settings, cache)
+    Args:
+        name: of the submodule.
+        whole: what calls the child.
+    """
+
+    def __init__(self, name: str, whole: WholeDispatcher) -> None:
+        super().__init__(name, whole.settings, whole.cache)
+        self._whole = weakref.ref(whole)
         self._idle: set[Hashable] = set()
 
     def is_idle(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
@@ -132,13 +211,25 @@ class PartDispatcher(Dispatcher):
             super().store(entry)
 
     def fall_back(self, call: Call, error: UntraceableError | None, kind: Kind | None) -> Any:
-        """Run the submodule itself, without a warning: its own submodules may still be specialized."""
+        """Run the submodule itself: its own submodules may still be specialized. Where the whole runs in parts too,
+        the warning is the whole's.
+        """
+        whole = self._whole()
+        assert whole is not None  # it is being called
+        in_parts = whole.is_active
+        result = call.run_child() if in_parts else whole.run_in_parts(call, self.name)
         if error is not None:
             with self.cache.lock:
                 self.cache.parts[self.name] = str(error)
-                if kind is not None:
-                    self.cache.refuse(kind, call.mode)
-        return call.run_child()
+                again = kind is not None and self.cache.refuse(kind, call.mode)
+            if not in_parts:
+                self.warn(call, str(error), again)
+        return result
+
+    def _hooked(self, name: str) -> Caller:
+        whole = self._whole()
+        assert whole is not None  # it is being called
+        return whole.hooked_part(self._qualified(name))
 
 
 def _is_worth_it(entry: Specialization) -> bool:

@@ -35,6 +35,7 @@ from .calls import (
 )
 from .data import Constant, Structure, containers_in, flatten, is_array, is_constant, unflatten
 from .decompose import settings
+from .distributed import is_distributed
 from .errors import UntraceableError
 from .fakes import (
     EagerStrides,
@@ -72,7 +73,7 @@ from .graph import (
     type_of,
 )
 from .impure import Watch
-from .live import LiveCall, has_own_call, set_attribute
+from .live import HAS_HOOKS, Caller, LiveCall, direct_call, has_own_call, set_attribute
 from .regions import enter_inference, leave_inference
 from .shadow import Shadows
 from .signature import Alias, Arguments, Symbol, TensorType, contiguous_strides
@@ -208,6 +209,7 @@ class Recorder(TorchFunctionMode):
         is_leaf: which submodules stay live calls.
         random_state: the generators as they were before.
         symbols: those among the arguments, ``None`` where there are none.
+        hooked: what calls a submodule that stays a live call because it has hooks, by its qualified name.
     """
 
     def __init__(
@@ -215,8 +217,10 @@ class Recorder(TorchFunctionMode):
         is_leaf: Callable[[nn.Module, str], bool],
         random_state: ambient_module.RandomState,
         symbols: Symbols | None = None,
+        hooked: Callable[[str], Caller] = lambda name: direct_call,
     ) -> None:
         super().__init__()
+        self._hooked = hooked
         self.graph = fx.Graph()
         self._numbers = Numbers(self.graph)
         self._symbols = symbols
@@ -497,6 +501,9 @@ class Recorder(TorchFunctionMode):
             return found.node
         if id(tensor) in self._state_of:
             fake, known, path = self._state_of[id(tensor)]
+            if is_distributed(self._live_of[id(tensor)]):
+                raise self.fail(f"forward reads self.{path_name(path)}, which is sharded, outside of its module's call")
+            self.shadows.note_outside(path, known)
             node = self._read_node(self._target(path), path)
             self._track(fake, node, known)
             return node
@@ -882,7 +889,8 @@ class Recorder(TorchFunctionMode):
                 )
             types = tuple(TensorType.of(value) for value in found if isinstance(value, torch.Tensor))
             module = self._live_node(target, path)
-            node = self.graph.call_function(LiveCall(target, types), (module, *taken[0]), taken[1])
+            caller = self._hooked(path_name(path)) if reason is HAS_HOOKS else direct_call
+            node = self.graph.call_function(LiveCall(target, types, caller), (module, *taken[0]), taken[1])
             self._calls_live = True
             self._register(result, node, (EVERYTHING,))
             return result

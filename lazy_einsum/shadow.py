@@ -23,8 +23,9 @@ from torch import nn
 
 from . import ambient as ambient_module
 from .data import Constant, array_constant, is_array, is_constant, is_namedtuple
+from .distributed import is_distributed, is_fully_sharded
 from .errors import UntraceableError
-from .live import is_compiled, is_made_by_compile
+from .live import HAS_HOOKS, is_compiled, is_made_by_compile
 from .objects import attributes_of, is_its_attributes, may_stand_in, slots_of, where_lies
 from .objects import stand_in as make_stand_in
 from .outside import Outside
@@ -95,6 +96,7 @@ class Shadows:
         self.outside = Outside(self.note)
         self._classes: dict[type, frozenset[str]] = {}
         self._live: list[Path] = []
+        self._gathering: list[Path] = []  # of those in self._live whose hooks make sharded parameters whole
         self._shadows: dict[int, nn.Module] = {}
         self._modules_at: dict[Path, tuple[nn.Module, nn.Module]] = {}  # live and shadow
         self._refused: str | None = None
@@ -106,6 +108,10 @@ class Shadows:
         if len(self.reads) > MAX_ITEMS:
             raise UntraceableError(f"forward reads more than {MAX_ITEMS} attributes and items of the module")
         self.reads.setdefault((path, question), found)
+
+    def note_outside(self, path: Path, known: TensorType) -> None:
+        """Record that a tensor was used outside of live calls, wherever it was found."""
+        self.reads.setdefault((path, ""), known)
 
     def module(self, live: nn.Module, path: Path) -> nn.Module:
         """The shadow of the submodule ``live`` at ``path``."""
@@ -131,6 +137,8 @@ class Shadows:
         reason = self._why_live(live, path)
         if reason is not None:
             self._live.append(path)
+            if reason is HAS_HOOKS and is_fully_sharded(live):
+                self._gathering.append(path)
         if not self.is_live(path):
             self.read_class(kind)
         if not self.is_live(path):
@@ -193,7 +201,7 @@ class Shadows:
         if self._is_leaf(live, path_name(path)):
             return "it is a leaf module"
         if any(live.__dict__.get(key) for key in _HOOKS):
-            return "it has hooks"
+            return HAS_HOOKS
         if is_compiled(live) or is_made_by_compile(live):
             return "it is compiled"
         return None
@@ -297,7 +305,8 @@ class Shadows:
         return fake
 
     def _tensor(self, value: torch.Tensor, path: Path) -> torch.Tensor:
-        if type(value) not in (torch.Tensor, nn.Parameter):
+        # Inside of the live call a sharded parameter is the whole one, as hooks make it.
+        if type(value) not in (torch.Tensor, nn.Parameter) and not (is_distributed(value) and self.is_gathered(path)):
             raise UntraceableError(f"self.{path_name(path)} is a {type(value).__name__}, a subclass of torch.Tensor")
         with ambient_module.no_function_modes():  # the recorder is no party to this
             if value.layout is not torch.strided or value.is_quantized or value.is_nested:
@@ -345,6 +354,10 @@ class Shadows:
                 "data, functions, objects made of these, and lists, tuples, sets and dicts of them"
             )
         return stand_in
+
+    def is_gathered(self, path: Path) -> bool:
+        """Whether ``path`` leads into a submodule whose hooks make sharded parameters whole."""
+        return any(path[: len(gathering)] == gathering for gathering in self._gathering)
 
     def is_live(self, path: Path) -> bool:
         """Whether ``path`` leads into a submodule that stays a live call."""

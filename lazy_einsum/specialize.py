@@ -22,6 +22,7 @@ from .counter import Counter
 from .errors import LazyEinsumError, MemoryLimitError, UntraceableError
 from .generic import values_of
 from .graph import copy_graph, is_einsum, read_einsum, type_of
+from .live import Caller, direct_call
 from .passes import PASSES, Options
 from .passes.choose_paths import PLAN
 from .plan import Plan, make_plan, order_seconds
@@ -278,6 +279,7 @@ def specialize(
     overlapping: bool = False,
     name: str = "",
     witnesses: Sequence[Specialization] = (),
+    hooked: Callable[[str], Caller] = lambda name: direct_call,
 ) -> Specialization:
     """Make the specialization of ``module`` for the given arguments, in the present ambient state.
 
@@ -293,6 +295,7 @@ def specialize(
         name: of the submodule that ``module`` is; empty for the child itself.
         witnesses: code for single calls of the kind that symbols among the arguments stand for: what was traced for
             them is compared.
+        hooked: see ``trace``.
 
     Raises:
         MemoryLimitError: no contraction order stays below the limit.
@@ -301,7 +304,7 @@ def specialize(
     """
     start = time.perf_counter()
     ambient = ambient_module.ambient()
-    traced = trace(module, arguments, is_leaf)
+    traced = trace(module, arguments, is_leaf, hooked)
     reads: tuple[tuple[str, Any], ...] = describe_reads(traced.reads)
     if arguments.symbols:
         records = [record for entry in witnesses if (record := entry.record(arguments, reads, traced.conditions))]

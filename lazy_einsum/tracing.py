@@ -19,6 +19,7 @@ from torch import nn
 from . import ambient as ambient_module
 from .errors import UntraceableError
 from .fakes import data_dependent_errors, quiet
+from .live import Caller, direct_call
 from .outside import Addition, made
 from .recorder import Recorder, Trace
 from .signature import Arguments
@@ -30,6 +31,7 @@ def trace(
     function: Any,
     arguments: Arguments,
     is_leaf: Callable[[nn.Module, str], bool] = lambda module, name: False,
+    hooked: Callable[[str], Caller] = lambda name: direct_call,
 ) -> Trace:
     """Record what ``function`` does for arguments of the given types. No operation runs on real data, and
     ``function``'s own state is left as it was.
@@ -38,6 +40,7 @@ def trace(
         function: an ``nn.Module`` (its ``forward`` is recorded, not its hooks) or any callable.
         arguments: structure, types and constants of the call.
         is_leaf: which submodules stay live calls; called with the module and its qualified name.
+        hooked: what calls a submodule that stays a live call because it has hooks, by its qualified name.
 
     Raises:
         UntraceableError: the call can't be represented; the message names the reason and, where known, the user's
@@ -45,11 +48,11 @@ def trace(
         NotGenericError: it can, but not for all values of the symbols among the arguments.
     """
     try:
-        found, additions = _trace(function, arguments, is_leaf)
+        found, additions = _trace(function, arguments, is_leaf, hooked)
         if additions:
             # A cache that the first call fills. Once more as later calls will find it: it must make no difference.
             with made(additions):
-                again, more = _trace(function, arguments, is_leaf)
+                again, more = _trace(function, arguments, is_leaf, hooked)
             if more or not again.equals(found):
                 raise UntraceableError(f"forward changes {additions[0].name}")
         return found
@@ -65,12 +68,13 @@ def _trace(
     function: Any,
     arguments: Arguments,
     is_leaf: Callable[[nn.Module, str], bool],
+    hooked: Callable[[str], Caller],
 ) -> tuple[Trace, list[Addition]]:
     """What ``trace`` gives, and what ``forward`` added to dictionaries of packages; all of that is undone."""
     symbols = Symbols(arguments.symbols) if arguments.symbols else None
     random_state = ambient_module.RandomState()
     grad = torch.is_grad_enabled()
-    recorder = Recorder(is_leaf, random_state, symbols)
+    recorder = Recorder(is_leaf, random_state, symbols, hooked)
     # Autocast keeps casts of weights until it ends; it must not keep casts of fakes.
     cache = torch.is_autocast_cache_enabled()
     torch.set_autocast_cache_enabled(False)

@@ -1002,6 +1002,63 @@ def forward_mode(self: Any, x: Tensor) -> Tensor:
         return forward_ad.unpack_dual(dual * dual).tangent
 
 
+class Layer(nn.Module):
+    """Has something to optimize."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(4, 4, dtype=torch.float64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return einsum("bi,ij,jk->bk", x, self.weight, self.weight)
+
+
+class Tagged(Tensor):
+    """A subclass."""
+
+
+def hooked_layer() -> nn.Module:
+    child = Program(lambda self, x: self.layer(x) * 2, layer=Layer())
+    child.layer.register_forward_hook(lambda module, args, result: result + 1)
+    return child
+
+
+def given_itself(module: nn.Module, child: nn.Module) -> None:
+    """Hooks of ``module`` that change the result unless they are given ``module``."""
+    module.register_forward_pre_hook(lambda given, args: (args[0] * (1 if given is module else 2),))
+    module.register_forward_hook(lambda given, args, result: result * (1 if {given} == {module} else 2))
+    module.register_full_backward_hook(lambda given, inputs, outputs: None if given is module else (inputs[0] * 2,))
+
+
+def adds_a_hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+    if len(module._forward_hooks) == 1:
+        module.register_forward_hook(lambda module, args, result: result * 3)
+
+
+def counted(self: Any, x: Tensor) -> Tensor:
+    self.layer.calls = getattr(self.layer, "calls", 0) + 1
+    return self.layer(x)
+
+
+def untraceable_layer() -> nn.Module:
+    child = Program(lambda self, x: einsum("bi,ij,jk->bk", self.layer(x), self.w, self.w), layer=Program(counted, layer=Layer()))
+    child.w = nn.Parameter(torch.randn(4, 4, dtype=torch.float64))
+    child.layer.register_forward_hook(lambda module, args, result: result + module.layer.calls)
+    return child
+
+
+def giving_another_class() -> nn.Module:
+    child = hooked_layer()
+    child.layer.register_forward_hook(lambda module, args, result: result.as_subclass(Tagged))
+    return child
+
+
+def weight_outside() -> nn.Module:
+    child = Program(lambda self, x: einsum("bi,ij,kj->bk", self.layer(x), self.layer.weight, x), layer=Layer())
+    child.layer.register_forward_hook(lambda module, args, result: result + 1)
+    return child
+
+
 def hooked_argument() -> tuple[Any, ...]:
     y = x34().requires_grad_() * 1
     y.register_hook(lambda gradient: gradient * 5)
@@ -1081,6 +1138,17 @@ hazard(
     change=lambda child: child[0].register_full_backward_hook(lambda m, i, o: (i[0] * 3,)),
 )
 hazard("hook on the child", two_linears, change=lambda child: child.register_forward_hook(lambda m, a, o: o * 2))
+hazard("hooks on the child, given it", two_linears, change=lambda child: given_itself(child, child))
+hazard("hooks on a submodule, given it", hooked_layer, change=lambda child: given_itself(child.layer, child))
+hazard("hook added by a hook", hooked_layer, change=lambda child: child.layer.register_forward_pre_hook(adds_a_hook))
+hazard("hooks removed", hooked_layer, change=lambda child: child.layer._forward_hooks.clear())
+hazard("hooked submodule that can't be traced", untraceable_layer, later=True, refused="forward sets")
+hazard("hook that gives another class", giving_another_class, arguments=with_grad, refused="a Tagged, a subclass of", later=True)
+hazard(
+    "weight of a hooked submodule read outside of it",
+    weight_outside,
+    change=lambda child: setattr(child.layer, "weight", nn.Parameter(torch.arange(16.0).double().view(4, 4).T)),
+)
 
 
 # -- the test ---------------------------------------------------------------------------------------------------------

@@ -207,9 +207,9 @@ def test_a_kind_of_call_is_not_tried_for_ever(monkeypatch: pytest.MonkeyPatch) -
     tried: list[Any] = []
     trace = specialize.trace
 
-    def counting(module: Any, arguments: Any, is_leaf: Any) -> Any:
+    def counting(module: Any, arguments: Any, is_leaf: Any, hooked: Any) -> Any:
         tried.append(arguments)
-        return trace(module, arguments, is_leaf)
+        return trace(module, arguments, is_leaf, hooked)
 
     monkeypatch.setattr(specialize, "trace", counting)
     wrapped = OptimizedModule(lambda x: x * float(x.detach().sum()), on_untraceable="ignore", dynamic=False)
