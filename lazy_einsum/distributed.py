@@ -5,10 +5,13 @@ looked up only where somebody else has imported them.
 from __future__ import annotations
 
 import sys
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+
+from .data import flatten, unflatten
 
 
 def _class(module: str, name: str) -> Any:
@@ -37,3 +40,43 @@ def is_fully_sharded(module: nn.Module) -> bool:
 def is_distributed(tensor: torch.Tensor) -> bool:
     """Whether ``tensor`` is a ``DTensor``."""
     return isinstance(tensor, _class("torch.distributed.tensor", "DTensor"))
+
+
+class Precision(NamedTuple):
+    """The dtypes in which a fully sharded module runs; ``None`` where they are left as they are.
+
+    Attributes:
+        parameters: of its whole parameters.
+        inputs: of what it is given.
+        outputs: of what it gives.
+    """
+
+    parameters: torch.dtype | None = None
+    inputs: torch.dtype | None = None
+    outputs: torch.dtype | None = None
+
+
+def precision_of(module: nn.Module) -> Precision:
+    """The ``MixedPrecisionPolicy`` that ``module`` was fully sharded with. (There is no public way to ask for it. Where
+    it is not found, none is assumed: what is foretold from it is compared with what comes.)
+    """
+    state: Any = getattr(module, "_get_fsdp_state", lambda: None)()
+    policy = getattr(state, "_mp_policy", None)
+    if policy is None:
+        return Precision()
+    return Precision(policy.param_dtype, policy.param_dtype if policy.cast_forward_inputs else None, policy.output_dtype)
+
+
+def call_in_precision(precision: Precision, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+    """Call ``function`` with its inputs and outputs cast as hooks of a fully sharded module cast them."""
+    args, kwargs = _cast((args, kwargs), precision.inputs)
+    return _cast(function(*args, **kwargs), precision.outputs)
+
+
+def _cast(value: Any, dtype: torch.dtype | None) -> Any:
+    if dtype is None:
+        return value
+    leaves: list[Any] = []
+    structure = flatten(value, leaves)
+    cast = [leaf.to(dtype) if isinstance(leaf, torch.Tensor) and leaf.is_floating_point() else leaf for leaf in leaves]
+    return unflatten(structure, cast)

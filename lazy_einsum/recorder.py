@@ -35,7 +35,7 @@ from .calls import (
 )
 from .data import Constant, Structure, containers_in, flatten, is_array, is_constant, unflatten
 from .decompose import settings
-from .distributed import is_distributed
+from .distributed import call_in_precision, is_distributed, is_fully_sharded, precision_of
 from .errors import UntraceableError
 from .fakes import (
     EagerStrides,
@@ -501,9 +501,7 @@ class Recorder(TorchFunctionMode):
             return found.node
         if id(tensor) in self._state_of:
             fake, known, path = self._state_of[id(tensor)]
-            if is_distributed(self._live_of[id(tensor)]):
-                raise self.fail(f"forward reads self.{path_name(path)}, which is sharded, outside of its module's call")
-            self.shadows.note_outside(path, known)
+            self._note_outside(tensor)
             node = self._read_node(self._target(path), path)
             self._track(fake, node, known)
             return node
@@ -512,6 +510,14 @@ class Recorder(TorchFunctionMode):
         raise self.fail(
             "forward uses a tensor made outside of recorded calls (a custom autograd.Function, torch.func, ...)"
         )
+
+    def _note_outside(self, tensor: torch.Tensor) -> None:
+        """Note that ``tensor`` is used here, outside of the live call that it may have been found in."""
+        if id(tensor) in self._state_of:
+            _, known, path = self._state_of[id(tensor)]
+            if is_distributed(self._live_of[id(tensor)]):
+                raise self.fail(f"forward reads self.{path_name(path)}, which is sharded, outside of its module's call")
+            self.shadows.note_outside(path, known)
 
     def _read_attribute(self, tensor: torch.Tensor, name: str) -> Any:
         """An attribute that the user may have given to a tensor."""
@@ -630,6 +636,7 @@ class Recorder(TorchFunctionMode):
         if name == "_assert" and not isinstance(args[0], torch.Tensor):
             return func(*args, **kwargs)
         if name in QUERIES and not sets and not (name == "type" and (len(args) > 1 or kwargs)):
+            self._note_outside(args[0])
             return func(*args, **kwargs) if self._symbols is None else self._query(func, name, args, kwargs)
         if self.failure is not None:
             raise self.failure
@@ -868,6 +875,8 @@ class Recorder(TorchFunctionMode):
             else:
                 inner: Any = shadow._orig_mod if "_orig_mod" in shadow._modules else shadow
                 forward = inner.forward
+            if reason is HAS_HOOKS and is_fully_sharded(live):
+                forward = partial(call_in_precision, precision_of(live), forward)
             if self._suspended:
                 return forward(*args, **kwargs)
             with self.paused():

@@ -16,6 +16,7 @@ import types
 import weakref
 from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -23,7 +24,7 @@ from torch import nn
 
 from . import ambient as ambient_module
 from .data import Constant, array_constant, is_array, is_constant, is_namedtuple
-from .distributed import is_distributed, is_fully_sharded
+from .distributed import is_distributed, is_fully_sharded, precision_of
 from .errors import UntraceableError
 from .live import HAS_HOOKS, is_compiled, is_made_by_compile
 from .objects import attributes_of, is_its_attributes, may_stand_in, slots_of, where_lies
@@ -96,7 +97,7 @@ class Shadows:
         self.outside = Outside(self.note)
         self._classes: dict[type, frozenset[str]] = {}
         self._live: list[Path] = []
-        self._gathering: list[Path] = []  # of those in self._live whose hooks make sharded parameters whole
+        self._gathering: dict[Path, nn.Module] = {}  # of those in self._live whose hooks make sharded parameters whole
         self._shadows: dict[int, nn.Module] = {}
         self._modules_at: dict[Path, tuple[nn.Module, nn.Module]] = {}  # live and shadow
         self._refused: str | None = None
@@ -138,7 +139,7 @@ class Shadows:
         if reason is not None:
             self._live.append(path)
             if reason is HAS_HOOKS and is_fully_sharded(live):
-                self._gathering.append(path)
+                self._gathering[path] = live
         if not self.is_live(path):
             self.read_class(kind)
         if not self.is_live(path):
@@ -305,13 +306,16 @@ class Shadows:
         return fake
 
     def _tensor(self, value: torch.Tensor, path: Path) -> torch.Tensor:
-        # Inside of the live call a sharded parameter is the whole one, as hooks make it.
-        if type(value) not in (torch.Tensor, nn.Parameter) and not (is_distributed(value) and self.is_gathered(path)):
+        gathering = self._gathered_by(path) if is_distributed(value) else None
+        if type(value) not in (torch.Tensor, nn.Parameter) and gathering is None:
             raise UntraceableError(f"self.{path_name(path)} is a {type(value).__name__}, a subclass of torch.Tensor")
         with ambient_module.no_function_modes():  # the recorder is no party to this
             if value.layout is not torch.strided or value.is_quantized or value.is_nested:
                 raise UntraceableError(f"self.{path_name(path)} is a tensor of layout {value.layout}")
             known = TensorType.of(value)
+        if gathering is not None:
+            # What hooks put in its place: the whole parameter, for which its shape and strides are known.
+            known = replace(known, dtype=precision_of(gathering).parameters or known.dtype)
         self.note(path, known)
         return self._fake(value, known, path)
 
@@ -355,9 +359,10 @@ class Shadows:
             )
         return stand_in
 
-    def is_gathered(self, path: Path) -> bool:
-        """Whether ``path`` leads into a submodule whose hooks make sharded parameters whole."""
-        return any(path[: len(gathering)] == gathering for gathering in self._gathering)
+    def _gathered_by(self, path: Path) -> nn.Module | None:
+        """The innermost submodule that ``path`` leads into whose hooks make sharded parameters whole."""
+        found = [gathering for gathering in self._gathering if path[: len(gathering)] == gathering]
+        return self._gathering[max(found, key=len)] if found else None
 
     def is_live(self, path: Path) -> bool:
         """Whether ``path`` leads into a submodule that stays a live call."""

@@ -18,7 +18,7 @@ RANKS = {
     "counter": 0,
     "where": 0,
     "objects": 0,
-    "distributed": 0,
+    "distributed": 0.7,
     "impure": 1,
     "regions": 0,
     "data": 0.5,
