@@ -37,6 +37,14 @@ def is_fully_sharded(module: nn.Module) -> bool:
     return isinstance(module, _class("torch.distributed.fsdp", "FSDPModule"))
 
 
+def is_gathered_whole(tensor: torch.Tensor) -> bool:
+    """Whether a parameter of a fully sharded module is a plain tensor where it is whole: it is sharded by that alone
+    (and replicated by several groups, perhaps), and no part of a tensor-parallel module.
+    """
+    *others, last = tensor.placements  # type: ignore[attr-defined]
+    return last.is_shard() and all(placement.is_replicate() for placement in others)
+
+
 def is_distributed(tensor: torch.Tensor) -> bool:
     """Whether ``tensor`` is a ``DTensor``."""
     return isinstance(tensor, _class("torch.distributed.tensor", "DTensor"))

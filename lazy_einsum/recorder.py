@@ -651,6 +651,8 @@ class Recorder(TorchFunctionMode):
         if (name in REFUSED and func is not torch.autograd.grad) or sets:
             raise self.fail(f"forward {'sets' if sets else 'uses'} {name} of a tensor")
         self._check_modes()
+        if getattr(func, "__module__", "") == "torch.distributed.distributed_c10d":
+            raise self.fail(f"forward communicates with other processes ({name})")
         if len(self.graph.nodes) > MAX_NODES:
             raise self.fail(f"forward calls more than {MAX_NODES} torch functions")
         if name in INFERRING and any(is_array(item) or hasattr(item, "dtype") for item in _numbers([args, kwargs])):

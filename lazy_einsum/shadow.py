@@ -24,7 +24,7 @@ from torch import nn
 
 from . import ambient as ambient_module
 from .data import Constant, array_constant, is_array, is_constant, is_namedtuple
-from .distributed import is_distributed, is_fully_sharded, precision_of
+from .distributed import is_distributed, is_fully_sharded, is_gathered_whole, precision_of
 from .errors import UntraceableError
 from .live import HAS_HOOKS, is_compiled, is_made_by_compile
 from .objects import attributes_of, is_its_attributes, may_stand_in, slots_of, where_lies
@@ -306,7 +306,7 @@ class Shadows:
         return fake
 
     def _tensor(self, value: torch.Tensor, path: Path) -> torch.Tensor:
-        gathering = self._gathered_by(path) if is_distributed(value) else None
+        gathering = self._gathered_by(path) if is_distributed(value) and is_gathered_whole(value) else None
         if type(value) not in (torch.Tensor, nn.Parameter) and gathering is None:
             raise UntraceableError(f"self.{path_name(path)} is a {type(value).__name__}, a subclass of torch.Tensor")
         with ambient_module.no_function_modes():  # the recorder is no party to this

@@ -58,9 +58,16 @@ class Ranks:
                 failure = "the process ended"
             if failure is not None:
                 failures.append(f"rank {rank}: {failure}")
+            # The others wait for it in vain.
+            deadline = min(deadline, time.monotonic() + 1) if failures else deadline
         if failures:
             self.stop()
             raise AssertionError("\n".join(failures))
+
+    @property
+    def is_running(self) -> bool:
+        """Whether there are processes."""
+        return bool(self._processes)
 
     def _start(self) -> None:
         context = multiprocessing.get_context("spawn")
