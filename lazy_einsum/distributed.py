@@ -72,7 +72,9 @@ def precision_of(module: nn.Module) -> Precision:
     policy = getattr(state, "_mp_policy", None)
     if policy is None:
         return Precision()
-    return Precision(policy.param_dtype, policy.param_dtype if policy.cast_forward_inputs else None, policy.output_dtype)
+    return Precision(
+        policy.param_dtype, policy.param_dtype if policy.cast_forward_inputs else None, policy.output_dtype
+    )
 
 
 def call_in_precision(precision: Precision, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:

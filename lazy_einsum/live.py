@@ -17,7 +17,6 @@ from .data import flatten
 from .errors import UntraceableError
 from .signature import TensorType
 
-
 HAS_HOOKS = "it has hooks"
 """Why most live calls are live."""
 

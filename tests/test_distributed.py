@@ -1,5 +1,5 @@
-"""Under ``torch.distributed``: each scenario runs on two processes, wrapped and unwrapped, and all that can be seen has to
-be the same on each.
+"""Under ``torch.distributed``: each scenario runs on two processes, wrapped and unwrapped, and all that can be seen has
+to be the same on each.
 """
 
 from __future__ import annotations
@@ -8,7 +8,6 @@ import contextlib
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -376,7 +375,7 @@ def fsdp_sharded_weight(rank: int) -> None:
 
     wrapped = OptimizedModule(make(), on_untraceable="ignore")
     for module in (wrapped, make()):
-        with pytest.raises(RuntimeError, match="mixed torch.Tensor and DTensor"):
+        with pytest.raises(RuntimeError, match="mixed .* and DTensor"):
             module(batch(rank, 0))
 
 
@@ -634,8 +633,7 @@ def _fails(rank: int) -> None:
     dist.barrier()
 
 
-def test_a_failure_on_one_rank_is_one_of_the_test(tmp_path: Path) -> None:
-    ranks = Ranks(tmp_path)
+def test_a_failure_on_one_rank_is_one_of_the_test(ranks: Ranks) -> None:
     with pytest.raises(AssertionError, match=r"(?s)rank 1: Traceback.*this rank fails"):
         ranks.run(_fails)
     assert not ranks.is_running

@@ -1041,7 +1041,9 @@ def counted(self: Any, x: Tensor) -> Tensor:
 
 
 def untraceable_layer() -> nn.Module:
-    child = Program(lambda self, x: einsum("bi,ij,jk->bk", self.layer(x), self.w, self.w), layer=Program(counted, layer=Layer()))
+    child = Program(
+        lambda self, x: einsum("bi,ij,jk->bk", self.layer(x), self.w, self.w), layer=Program(counted, layer=Layer())
+    )
     child.w = nn.Parameter(torch.randn(4, 4, dtype=torch.float64))
     child.layer.register_forward_hook(lambda module, args, result: result + module.layer.calls)
     return child
@@ -1143,7 +1145,13 @@ hazard("hooks on a submodule, given it", hooked_layer, change=lambda child: give
 hazard("hook added by a hook", hooked_layer, change=lambda child: child.layer.register_forward_pre_hook(adds_a_hook))
 hazard("hooks removed", hooked_layer, change=lambda child: child.layer._forward_hooks.clear())
 hazard("hooked submodule that can't be traced", untraceable_layer, later=True, refused="forward sets")
-hazard("hook that gives another class", giving_another_class, arguments=with_grad, refused="a Tagged, a subclass of", later=True)
+hazard(
+    "hook that gives another class",
+    giving_another_class,
+    arguments=with_grad,
+    refused="a Tagged, a subclass of",
+    later=True,
+)
 hazard(
     "weight of a hooked submodule read outside of it",
     weight_outside,
