@@ -9,7 +9,7 @@ import traceback
 import warnings
 from collections.abc import Callable
 from datetime import timedelta
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
@@ -21,6 +21,9 @@ from lazy_einsum.errors import LazyEinsumWarning
 RANKS = 2
 TIMEOUT = timedelta(seconds=20)
 """For one collective: after that a rank which waits for the other fails."""
+
+GRACE = 1.0
+"""Seconds that a rank has left after another has failed."""
 
 Scenario = Callable[[int], None]
 
@@ -49,20 +52,24 @@ class Ranks:
         for pipe in self._pipes:
             pipe.send(scenario)
         deadline = time.monotonic() + 3 * TIMEOUT.total_seconds()
-        failures = []
-        for rank, pipe in enumerate(self._pipes):
-            try:
-                in_time = pipe.poll(max(0.0, deadline - time.monotonic()))
-                failure = pipe.recv() if in_time else "did not end in time"
-            except EOFError:
-                failure = "the process ended"
-            if failure is not None:
-                failures.append(f"rank {rank}: {failure}")
-            # The others wait for it in vain.
-            deadline = min(deadline, time.monotonic() + 1) if failures else deadline
+        waiting = dict(zip(self._pipes, range(RANKS), strict=True))
+        failures: dict[int, str] = {}
+        while waiting and (ready := wait(list(waiting), max(0.0, deadline - time.monotonic()))):
+            for pipe in ready:
+                assert isinstance(pipe, Connection)
+                rank = waiting.pop(pipe)
+                try:
+                    failure = pipe.recv()
+                except EOFError:
+                    failure = "the process ended"
+                if failure is not None:
+                    failures[rank] = failure
+                    # The others may wait for this one in vain.
+                    deadline = min(deadline, time.monotonic() + GRACE)
+        failures.update((rank, "did not end in time") for rank in waiting.values())
         if failures:
             self.stop()
-            raise AssertionError("\n".join(failures))
+            raise AssertionError("\n".join(f"rank {rank}: {failures[rank]}" for rank in sorted(failures)))
 
     @property
     def is_running(self) -> bool:

@@ -375,7 +375,7 @@ def fsdp_sharded_weight(rank: int) -> None:
 
     wrapped = OptimizedModule(make(), on_untraceable="ignore")
     for module in (wrapped, make()):
-        with pytest.raises(RuntimeError, match="mixed .* and DTensor"):
+        with pytest.raises(RuntimeError, match=r"mixed .* and DTensor"):
             module(batch(rank, 0))
 
 
