@@ -86,7 +86,7 @@ class Hazard:
         change: done to each of the two children after two calls.
         context: around each call.
         refused: why it is not specialized, as a regular expression; empty where it is.
-        later: it is refused at the first call only.
+        later: it is refused at the first call only, or in part: something is specialized.
         part: of the table.
     """
 
@@ -1237,7 +1237,7 @@ def table() -> str:
         lines += ["", f"## {part}", ""]
         for title, chosen in (
             ("specialized", [row.name for row in rows if not row.refused]),
-            ("refused at the first call, then specialized", [row.name for row in rows if row.refused and row.later]),
+            ("refused at the first call only, or in part", [row.name for row in rows if row.refused and row.later]),
             ("refused", [row.name for row in rows if row.refused and not row.later]),
         ):
             if chosen:
