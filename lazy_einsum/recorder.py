@@ -875,13 +875,13 @@ class Recorder(TorchFunctionMode):
             if isinstance(live, torch.jit.ScriptModule):
                 forward: Callable[..., Any] = partial(self._run_scripted, live)
             else:
-                inner: Any = shadow._orig_mod if "_orig_mod" in shadow._modules else shadow
+                inner: Any = shadow._orig_mod if "_orig_mod" in live._modules else shadow
                 forward = inner.forward
             if reason is HAS_HOOKS and is_fully_sharded(live):
                 forward = partial(call_in_precision, precision_of(live), forward)
             if self._suspended:
                 return forward(*args, **kwargs)
-            with self.paused():
+            with self.paused(), self.shadows.in_live_call(path):
                 return record(forward, args, kwargs)
 
         def record(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -16,6 +16,7 @@ import types
 import weakref
 from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -73,6 +74,15 @@ class Assigned(NamedTuple):
     value: torch.Tensor
 
 
+class _Inner(NamedTuple):
+    """A shadow in a live call: its dictionary, the names that are always in it, what it stands in for, and where."""
+
+    own: dict[str, Any]
+    names: frozenset[str]
+    live: nn.Module
+    path: Path
+
+
 class Shadows:
     """Makes shadows of one child for one trace, and holds what was read.
 
@@ -97,6 +107,9 @@ class Shadows:
         self.outside = Outside(self.note)
         self._classes: dict[type, frozenset[str]] = {}
         self._live: list[Path] = []
+        self._inner: list[_Inner] = []
+        self._depth = 0  # of live calls that run now
+        self._ran: set[Path] = set()
         self._gathering: dict[Path, nn.Module] = {}  # of those in self._live whose hooks make sharded parameters whole
         self._shadows: dict[int, nn.Module] = {}
         self._modules_at: dict[Path, tuple[nn.Module, nn.Module]] = {}  # live and shadow
@@ -104,7 +117,7 @@ class Shadows:
 
     def note(self, path: Path, found: Found, question: str = "") -> None:
         """Record that ``found`` was read at ``path``."""
-        if self.is_live(path):
+        if self._depth and self.is_live(path):
             return  # the live call checks what it gives when it is made
         if len(self.reads) > MAX_ITEMS:
             raise UntraceableError(f"forward reads more than {MAX_ITEMS} attributes and items of the module")
@@ -164,10 +177,9 @@ class Shadows:
         if reason is not None:
             own["_compiled_call_impl"] = self._live_call(live, shadow, path, reason)
         if self.is_live(path):
-            # Free to do as it likes: its attributes lie in the instance, where they may be set.
-            for key, value in live.__dict__.items():
-                if key not in _INTERNAL and key not in own and key != "_compiled_call_impl":
-                    own[key] = self._lift_unread(value, (*path, ("attribute", key)))
+            self._inner.append(_Inner(own, frozenset(own), live, path))
+            if self._depth:
+                self._fill(self._inner[-1])
         if reason is None:
             for key in _HOOKS:
                 own[key] = _Hooks(self, live, path, key)
@@ -364,6 +376,41 @@ class Shadows:
         found = [gathering for gathering in self._gathering if path[: len(gathering)] == gathering]
         return self._gathering[max(found, key=len)] if found else None
 
+    @contextmanager
+    def in_live_call(self, path: Path) -> Iterator[None]:
+        """While the live submodule at ``path`` is called, let live submodules do as they like: their attributes lie in
+        the instances, where they may be set. Outside of their calls they are asked for as those of all modules, and
+        noted.
+        """
+        self._depth += 1
+        if self._depth == 1:
+            for inner in self._inner:
+                self._fill(inner)
+        try:
+            yield
+        finally:
+            self._depth -= 1
+            self._ran.add(path)
+            if not self._depth:
+                for inner in self._inner:
+                    for name in inner.own.keys() - inner.names:
+                        del inner.own[name]
+
+    def _fill(self, inner: _Inner) -> None:
+        for name, value in inner.live.__dict__.items():
+            if name not in _INTERNAL and name not in inner.own and name != "_compiled_call_impl":
+                inner.own[name] = self._lift_unread(value, (*inner.path, ("attribute", name)))
+
+    def check_attribute(self, path: Path) -> None:
+        """Refuse to read a plain attribute of a live submodule that was called before: it, or a hook, may have set
+        that.
+        """
+        if not self._depth and any(path[: len(live)] == live for live in self._ran):
+            raise UntraceableError(
+                f"forward reads self.{path_name(path)} after the call of a submodule that stays a live call, which may "
+                "have changed it"
+            )
+
     def is_live(self, path: Path) -> bool:
         """Whether ``path`` leads into a submodule that stays a live call."""
         return any(path[: len(live)] == live for live in self._live)
@@ -433,6 +480,7 @@ class Shadows:
         self._seen.clear()
         self._shadows.clear()
         self._modules_at.clear()
+        self._inner.clear()
         self._originals.clear()
         self.outside.forget()
 
@@ -477,13 +525,16 @@ class _Table(dict[str, Any]):
         if sys._getframe(1).f_code is nn.Module.__setattr__.__code__:
             return False  # asked where a plain attribute goes that is being set
         own = self._live.__dict__
-        if self._table == "_parameters" and not self._shadows.is_live(self._path):
+        if self._table == "_parameters":
             return name in own and name not in _INTERNAL and name != "_compiled_call_impl"
         if self._table == "_modules" and isinstance(name, str) and name not in own["_buffers"]:
+            self._shadows.check_attribute((*self._path, ("attribute", name)))
             self._shadows.note(self._path, Absent(name), f" without {name}")
         return False
 
     def __getitem__(self, name: str) -> Any:
+        if name not in self._names:
+            self._shadows.check_attribute(self._how(name))
         if not dict.__contains__(self, name):
             if name not in self:
                 raise KeyError(name)

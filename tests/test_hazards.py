@@ -554,7 +554,11 @@ def tagging() -> nn.Module:
     return child
 
 
-hazard("attribute that a hook gives a result", tagging, refused="which a hook of a submodule may have given")
+hazard(
+    "attribute that a hook gives a result",
+    tagging,
+    refused="which a hook of a submodule may have given",
+)
 hazard(
     "attribute of a parameter",
     program(lambda self, x: self.w * x * (3 if getattr(self.w, "tag", 0) else 2), w=lambda: nn.Parameter(filled(1.0))),
@@ -1139,6 +1143,58 @@ hazard(
     arguments=with_grad,
     change=lambda child: child[0].register_full_backward_hook(lambda m, i, o: (i[0] * 3,)),
 )
+
+
+class Reading(nn.Module):
+    """Has a submodule with a hook, and reads more of it than its result."""
+
+    def __init__(self, read: Callable[[Any, Tensor], Any], hook: Callable[..., Any]) -> None:
+        super().__init__()
+        self.read = read
+        self.layer = nn.Linear(4, 4).double()
+        self.layer.scale = 2.0
+        self.layer.register_forward_hook(hook)
+
+    def forward(self, x: Tensor) -> Any:
+        return self.read(self, x)
+
+
+def twice(module: nn.Module, args: Any, result: Tensor) -> Tensor:
+    return result * 2
+
+
+def kept(module: nn.Module, args: Any, result: Tensor) -> None:
+    module.last = result.detach()
+
+
+def last_after(self: Any, x: Tensor) -> Any:
+    y = self.layer(x)
+    return y, self.layer.last
+
+
+hazard(
+    "submodule with hooks called twice",
+    functools.partial(Reading, lambda self, x: self.layer(self.layer(x)) + self.layer.weight.sum(0), twice),
+    change=lambda child: child.layer.register_forward_hook(twice),
+)
+hazard(
+    "attribute of a submodule with hooks, read before its call",
+    functools.partial(Reading, lambda self, x: self.layer.scale * self.layer(x), twice),
+    change=lambda child: setattr(child.layer, "scale", 5.0),
+)
+hazard(
+    "attribute of a submodule with hooks, read after its call",
+    functools.partial(Reading, lambda self, x: self.layer(x) * self.layer.scale, twice),
+    change=lambda child: setattr(child.layer, "scale", 5.0),
+    refused="scale after the call",
+)
+hazard(
+    "absent attribute of a submodule with hooks, read after its call",
+    functools.partial(Reading, lambda self, x: self.layer(x) * getattr(self.layer, "other", 2.0), twice),
+    change=lambda child: setattr(child.layer, "other", 5.0),
+    refused="other after the call",
+)
+hazard("attribute that a hook sets", functools.partial(Reading, last_after, kept), refused="last after the call")
 hazard("hook on the child", two_linears, change=lambda child: child.register_forward_hook(lambda m, a, o: o * 2))
 hazard("hooks on the child, given it", two_linears, change=lambda child: given_itself(child, child))
 hazard("hooks on a submodule, given it", hooked_layer, change=lambda child: given_itself(child.layer, child))
