@@ -12,7 +12,7 @@ from functools import lru_cache
 from typing import Any
 
 from opt_einsum.path_random import RandomOptimizer
-from opt_einsum.paths import PathOptimizer, get_path_fn
+from opt_einsum.paths import get_path_fn
 
 from .cost import flop_count
 from .errors import LazyEinsumError, MemoryLimitError
@@ -310,10 +310,16 @@ def _foreign(network: Network, optimize: Optimize, limit: float) -> tuple[str, P
     if isinstance(optimize, RandomOptimizer):
         # One that has searched refuses every other contraction; a fresh copy for each also makes them independent.
         optimize = copy.deepcopy(optimize)
-    return name, _to_pairs(network, _call_foreign(network, optimize, limit, own=isinstance(optimize, PathOptimizer)))
+    package = type(optimize).__module__.partition(".")[0]
+    own = package == "opt_einsum"
+    return name, _to_pairs(
+        network, _call_foreign(network, optimize, limit, own, tuple if package == "cotengra" else frozenset)
+    )
 
 
-def _call_foreign(network: Network, function: Callable[..., Any], limit: float, own: bool) -> Path:
+def _call_foreign(
+    network: Network, function: Callable[..., Any], limit: float, own: bool, kind: Callable[..., Any] = frozenset
+) -> Path:
     """The path that a strategy finds.
 
     Args:
@@ -321,11 +327,13 @@ def _call_foreign(network: Network, function: Callable[..., Any], limit: float, 
         function: the strategy.
         limit: elements that no intermediate may exceed.
         own: it is one of opt_einsum's. Those walk over sets of labels, and a set of strings has another order in each
-            process, so they get integers.
+            process, so they get integers. (Others may insist on strings: cotengrust does.)
+        kind: of the terms: opt_einsum's interface asks for sets; cotengra also takes tuples, whose order is the same
+            in each process.
     """
     labels: Sequence[Any] = range(len(network.labels)) if own else network.labels
-    inputs = [frozenset(labels[bit.bit_length() - 1] for bit in bits_of(term)) for term in network.terms]
-    output = frozenset(labels[bit.bit_length() - 1] for bit in bits_of(network.output))
+    inputs = [kind(labels[bit.bit_length() - 1] for bit in bits_of(term)) for term in network.terms]
+    output = kind(labels[bit.bit_length() - 1] for bit in bits_of(network.output))
     most = None if limit == math.inf else int(limit)
     # opt_einsum's random searches seed Python's global generator; the caller's numbers must not depend on planning.
     state = random.getstate()
