@@ -16,7 +16,7 @@ from opt_einsum.paths import get_path_fn
 
 from .cost import flop_count
 from .errors import LazyEinsumError, MemoryLimitError
-from .search import LabelCount, Network, Path, bits_of, search, union_of
+from .search import LabelCount, Network, Path, SavedLimit, bits_of, search, search_saving, union_of
 from .spec import EinsumSpec
 
 Optimize = Any
@@ -111,6 +111,7 @@ def make_plan(
     optimize: Optimize = "auto",
     memory_limit: int | str | None = None,
     generic: bool = False,
+    saved_limit: SavedLimit | None = None,
 ) -> Plan:
     """Choose the order of an einsum for these shapes.
 
@@ -125,6 +126,8 @@ def make_plan(
             ``"max_output"`` stand for the largest operand and for the result.
         generic: the steps hold for any sizes that the einsum takes, not only for ``shapes``: no label is dropped for
             having size 1.
+        saved_limit: what autograd may save for the backward pass, if anything is to limit that; only ``"auto"`` looks
+            at it.
 
     Raises:
         EquationError: the shapes do not fit.
@@ -137,18 +140,24 @@ def make_plan(
     """
     fixed = tuple(tuple(map(int, shape)) for shape in shapes)
     if isinstance(optimize, (str, bool)):
-        return _cached_plan(spec, fixed, optimize, memory_limit, generic)
+        return _cached_plan(spec, fixed, optimize, memory_limit, generic, saved_limit)
     if not callable(optimize):
-        return _cached_plan(spec, fixed, tuple(tuple(map(int, step)) for step in optimize), memory_limit, generic)
+        given = tuple(tuple(map(int, step)) for step in optimize)
+        return _cached_plan(spec, fixed, given, memory_limit, generic, saved_limit)
     # A callable may read anything, and an optimizer may learn between calls: what they return is not kept.
-    return _plan(spec, fixed, optimize, memory_limit, generic)
+    return _plan(spec, fixed, optimize, memory_limit, generic, saved_limit)
 
 
 @lru_cache(maxsize=1024)
 def _cached_plan(
-    spec: EinsumSpec, shapes: tuple[tuple[int, ...], ...], optimize: Optimize, limit: int | str | None, generic: bool
+    spec: EinsumSpec,
+    shapes: tuple[tuple[int, ...], ...],
+    optimize: Optimize,
+    limit: int | str | None,
+    generic: bool,
+    saved_limit: SavedLimit | None,
 ) -> Plan:
-    return _plan(spec, shapes, optimize, limit, generic)
+    return _plan(spec, shapes, optimize, limit, generic, saved_limit)
 
 
 def _plan(
@@ -157,6 +166,7 @@ def _plan(
     optimize: Optimize,
     memory_limit: int | str | None,
     generic: bool,
+    saved_limit: SavedLimit | None,
 ) -> Plan:
     sizes = spec.sizes(shapes)
     network = Network.of(spec, shapes, sizes, generic)
@@ -166,7 +176,10 @@ def _plan(
     if len(shapes) == 1:
         pass
     elif optimize == "auto" or optimize is True:
-        name, path = search(network, limit, _quick)
+        if saved_limit is None:
+            name, path = search(network, limit, _quick)
+        else:
+            name, path = search_saving(network, limit, _quick, saved_limit)
     else:
         name, path = _foreign(network, optimize, limit)
     steps = _steps(spec, shapes, sizes, path, generic)
@@ -281,6 +294,11 @@ def order_seconds(spec: EinsumSpec, shapes: Sequence[tuple[int, ...]], path: Pat
         return 0.0
     sizes = spec.sizes(shapes)
     return Network.of(spec, shapes, sizes, False).seconds(path)
+
+
+def saved_elements(spec: EinsumSpec, shapes: Sequence[tuple[int, ...]], path: Path, saved: SavedLimit) -> int:
+    """What autograd saves of an order, in elements: see ``SavedLimit``."""
+    return saved.saved(Network.of(spec, shapes, spec.sizes(shapes), False), path)
 
 
 def check_optimize(optimize: object) -> None:

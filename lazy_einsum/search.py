@@ -25,6 +25,8 @@ _EXHAUSTIVE = 6
 _SUBTREE = 8
 # Searches label by label, if the budget allows.
 _TRIALS = 32
+# Prices that are tried for what autograd saves.
+_PRICES = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +40,9 @@ class Network:
         labels: the label of each bit.
         sizes: its size.
         memo: product of sizes of sets that were asked for.
+        follow: a bit beside those of the labels, of size 1, that the result has and the terms that autograd follows; 0
+            where that does not matter.
+        price: seconds that a contraction costs for each element that autograd keeps of it.
     """
 
     terms: tuple[int, ...]
@@ -45,6 +50,8 @@ class Network:
     labels: str
     sizes: tuple[int, ...]
     memo: dict[int, int]
+    follow: int = 0
+    price: float = 0.0
 
     @classmethod
     def of(cls, spec: EinsumSpec, shapes: Sequence[Sequence[int]], sizes: dict[str, int], generic: bool) -> Network:
@@ -83,7 +90,11 @@ class Network:
     def pair(self, a: int, b: int, result: int) -> float:
         """Seconds of a contraction of the terms ``a`` and ``b`` to ``result``."""
         size, common = self.size, a & b
-        return pair_seconds(size(common & result), size(a & ~common), size(b & ~common), size(common & ~result))
+        seconds = pair_seconds(size(common & result), size(a & ~common), size(b & ~common), size(common & ~result))
+        if self.price:
+            # Each operand is kept for the gradient of the other.
+            seconds += self.price * (size(a) * bool(b & self.follow) + size(b) * bool(a & self.follow))
+        return seconds
 
     def results(self, path: Path) -> Iterator[tuple[int, int, int]]:
         """For each step of a path of pairs: its two terms and its result."""
@@ -105,7 +116,19 @@ class Network:
 
     def with_terms(self, terms: Sequence[int], output: int) -> Network:
         """Another network of the same labels."""
-        return Network(tuple(terms), output, self.labels, self.sizes, self.memo)
+        return Network(tuple(terms), output, self.labels, self.sizes, self.memo, self.follow, self.price)
+
+    def priced(self, follows: Sequence[bool], price: float) -> Network:
+        """The same network, its pairs costing ``price`` more for each element that autograd keeps.
+
+        Args:
+            follows: for each term whether autograd follows it.
+            price: seconds.
+        """
+        follow = 1 << len(self.labels)
+        self.memo[follow] = 1
+        terms = [term | follow * followed for term, followed in zip(self.terms, follows, strict=True)]
+        return Network(tuple(terms), self.output | follow, self.labels, self.sizes, self.memo, follow, price)
 
 
 class LabelCount:
@@ -142,6 +165,46 @@ def bits_of(mask: int) -> Iterator[int]:
         low = mask & -mask
         yield low
         mask ^= low
+
+
+@dataclass(frozen=True, slots=True)
+class SavedLimit:
+    """How much of a network autograd may save for the backward pass.
+
+    Attributes:
+        follows: for each operand whether autograd follows it.
+        sizes: how many elements are saved where an operand is.
+        memory: names of the memory of operands: what is in one memory is saved once.
+        elements: at most so many may be saved.
+        order: pairs of an order that is known to save few: that of eager torch.
+    """
+
+    follows: tuple[bool, ...]
+    sizes: tuple[int, ...]
+    memory: tuple[object, ...]
+    elements: float = math.inf
+    order: Path = ()
+
+    def saved(self, network: Network, path: Path) -> int:
+        """Elements that autograd saves of a path of pairs: each operand of a step whose other operand it follows, and
+        all that is used later is an operand of one step.
+        """
+        n = len(self.sizes)
+        sizes, follows = list(self.sizes), list(self.follows)
+        operands: dict[object, int] = {}
+        total = 0
+        for (left, right), (_, _, result) in zip(path, network.results(path), strict=True):
+            for one, other in ((left, right), (right, left)):
+                if not follows[other]:
+                    continue
+                if one < n:
+                    memory = self.memory[one]
+                    operands[memory] = max(operands.get(memory, 0), sizes[one])
+                else:
+                    total += sizes[one]
+            sizes.append(network.size(result))
+            follows.append(follows[left] or follows[right])
+        return total + sum(operands.values())
 
 
 def search(network: Network, limit: float, quick: Callable[[Network], Path]) -> tuple[str, Path]:
@@ -186,6 +249,63 @@ def search(network: Network, limit: float, quick: Callable[[Network], Path]) -> 
             f"one of {least}; raise memory_limit"
         )
     return min(fitting, key=lambda item: network.seconds(item[1]))
+
+
+def search_saving(
+    network: Network, limit: float, quick: Callable[[Network], Path], most: SavedLimit
+) -> tuple[str, Path]:
+    """``search`` for an order of which autograd saves at most so much; where none is found, for one that saves little.
+
+    What is saved gets a price per element, which is raised until the order with the least total saves little enough,
+    then lowered as long as that holds. (All that the searches need is that the cost of an order is a sum over its
+    steps.)
+
+    Args:
+        network: what to contract.
+        limit: elements that no intermediate may exceed.
+        quick: see ``search``.
+        most: what may be saved.
+
+    Raises:
+        MemoryLimitError: no order was found that stays below ``limit``.
+    """
+    name, path = search(network, limit, quick)
+    if most.saved(network, path) <= most.elements:
+        return name, path
+    found = {path: name}
+    if most.order:
+        found[most.order] = "eager torch"
+    low, high = 0.0, math.inf
+    price = network.seconds(path) / max(most.elements, 1)
+    for _ in range(_PRICES):
+        better = _search_priced(network.priced(most.follows, price), path, limit)
+        if better is not None:
+            found.setdefault(better, "search for few saved elements")
+        if better is None or most.saved(network, better) > most.elements:
+            low = price
+            price = price * 8 if high == math.inf else math.sqrt(low * high)
+        else:
+            high = price
+            price = math.sqrt(low * high) if low else price / 8
+    allowed = [order for order in found if network.largest(order) <= limit]
+    fitting = [order for order in allowed if most.saved(network, order) <= most.elements]
+    if fitting:
+        best = min(fitting, key=network.seconds)
+    else:
+        best = min(allowed, key=lambda order: (most.saved(network, order), network.seconds(order)))
+    return found[best], best
+
+
+def _search_priced(network: Network, path: Path, limit: float) -> Path | None:
+    """The best order by cost and price, or one better than ``path``; ``None`` where none keeps the limit."""
+    n = len(network.terms)
+    if n <= _EXHAUSTIVE:
+        return exhaustive(network, limit)
+    simple, prefix = _simplify(network)
+    exact = by_components(simple, limit, Budget(16_000 if n <= 10 else 10_000))
+    if exact is not None:
+        return prefix + _shift(exact, prefix, n, len(simple.terms))
+    return _improve(network, path, limit, Budget(4_000 + 400 * min(n, 250)))
 
 
 def _required(path: Path | None, limit: float) -> Path:
@@ -273,7 +393,7 @@ def _connected(network: Network, limit: float, budget: Budget) -> Path | None:
     near = [0] * n
     for i in range(n):
         for j in range(i):
-            if terms[i] & terms[j]:
+            if terms[i] & terms[j] & ~network.follow:
                 near[i] |= 1 << j
                 near[j] |= 1 << i
     pairs = _adjacent_pairs(near, budget)
@@ -356,7 +476,7 @@ def by_components(network: Network, limit: float, budget: Budget) -> Path | None
     path: list[tuple[int, ...]] = []
     n = len(network.terms)
     roots: list[int] = []
-    for group in _components(network.terms):
+    for group in _components([term & ~network.follow for term in network.terms]):
         part = network.with_terms([network.terms[i] for i in group], network.output & union_of(network.terms, group))
         inner = _connected(part, limit, budget)
         if inner is None:
@@ -423,13 +543,14 @@ def _simplify(network: Network) -> tuple[Network, Path]:
     while changed and len(values) > 1:
         changed = False
         first: dict[int, int] = {}
-        for number, term in list(values.items()):
+        for number, followed in list(values.items()):
+            term = followed & ~network.follow
             if term in first:
                 merge(first.pop(term), number)
                 changed = True
             else:
                 first[term] = number
-        scalar = next((number for number, term in values.items() if not term), None)
+        scalar = next((number for number, term in values.items() if not term & ~network.follow), None)
         if scalar is not None and len(values) > 1:
             others = (number for number in values if number != scalar)
             merge(min(others, key=lambda number: network.size(values[number])), scalar)

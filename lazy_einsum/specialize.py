@@ -28,9 +28,10 @@ from .passes.choose_paths import PLAN
 from .plan import Plan, make_plan, order_seconds
 from .recorder import Trace
 from .regions import restored
+from .saved import WrittenNetwork, plan_saving, saved_limit, written_network
+from .search import Path as PlanPath
 from .signature import Arguments, Signature
 from .sizes import is_symbolic
-from .spec import EinsumSpec
 from .state import Guard, Path, compile_guard, describe_reads
 from .symbols import NotGenericError
 from .tracing import trace
@@ -383,11 +384,11 @@ def plan_conditions(
     tie one to others.
     """
     networks = []
-    for node in graph.nodes:
+    for node in graph.nodes if arguments.symbols else ():
         found = read_einsum(node) if is_einsum(node) else None
-        types = [known for operand in found[1] if (known := type_of(operand))] if found is not None else []
-        if found is not None and len(found[1]) > 2 and len(types) == len(found[1]):
-            networks.append((found[0], [known.shape for known in types]))
+        network = written_network(node, *found) if found is not None and len(found[1]) > 2 else None
+        if network is not None:
+            networks.append((network, plan_saving(network, options.saved_limit, options.optimize).ssa_path))
     examples = arguments.symbols
     sizes = [name for name, example in examples.items() if type(example) is int]
     groups = [[name] for name in sizes] + [sizes] * (len(sizes) > 1)
@@ -397,7 +398,7 @@ def plan_conditions(
                 scope = examples | {name: int(examples[name] * factor**power) for name in names}
                 if any(scope[name] < 2 for name in names) or not all(_holds(text, scope) for text in conditions):
                     break
-                if not all(_is_good(spec, shapes, scope, options) for spec, shapes in networks):
+                if not all(_is_good(network, path, scope, options) for network, path in networks):
                     yield f"{names[0]} {relation} {scope[names[0]]}"
                     break
 
@@ -406,14 +407,18 @@ def _holds(condition: str, scope: Mapping[str, int | float]) -> bool:
     return bool(eval(condition, {"math": math, **scope}))
 
 
-def _is_good(
-    spec: EinsumSpec, shapes: Sequence[tuple[int, ...]], scope: Mapping[str, int | float], options: Options
-) -> bool:
-    """Whether the order chosen for ``shapes`` is not much worse than the best one at other values of the symbols."""
-    there = [tuple(eval(size.text, dict(scope)) if is_symbolic(size) else size for size in shape) for shape in shapes]
-    return order_seconds(spec, there, make_plan(spec, shapes, options.optimize).ssa_path) <= (
-        _GOOD * order_seconds(spec, there, make_plan(spec, there, options.optimize).ssa_path)
-    )
+def _is_good(network: WrittenNetwork, path: PlanPath, scope: Mapping[str, int | float], options: Options) -> bool:
+    """Whether an order is not much worse than the best one at other values of the symbols: in time, and in what
+    autograd saves.
+    """
+    there = network.at(lambda size: int(eval(size.text, dict(scope))) if is_symbolic(size) else int(size))
+    shapes = [known.shape for known in there.types]
+    best = plan_saving(there, options.saved_limit, options.optimize).ssa_path
+    if order_seconds(there.spec, shapes, path) > _GOOD * order_seconds(there.spec, shapes, best):
+        return False
+    if path == best or options.saved_limit is None or options.optimize != "auto":
+        return True
+    return saved_limit(there, options.saved_limit, path) is None
 
 
 _GOOD = 1.2

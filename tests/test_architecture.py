@@ -36,6 +36,7 @@ RANKS = {
     "surroundings": 2,
     "generic": 2,
     "decompose": 4,
+    "saved": 5,
     "program": 3,
     "kernels": 4,
     "graph": 3,

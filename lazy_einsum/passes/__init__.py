@@ -26,18 +26,24 @@ class Options:
         memory_limit: bytes that no intermediate of a contraction may exceed.
         reassociate: ``None`` changes the order of operations where range and exactness allow it, ``True`` in float16 as
             well, ``False`` only within one einsum.
+        saved_limit: what autograd may save of contractions for the backward pass, in parts of what it saves in eager
+            torch.
     """
 
     optimize: object = "auto"
     memory_limit: int | None = None
     reassociate: bool | None = None
+    saved_limit: float | None = None
 
 
 PASSES: tuple[tuple[str, Callable[[Options], Pass]], ...] = (
     ("canonicalize", lambda options: canonicalize()),
     ("fuse_scalars", lambda options: fuse_scalars(options.reassociate)),
     ("fuse_einsums", lambda options: fuse_einsums(options.reassociate)),
-    ("choose_paths", lambda options: choose_paths(options.optimize, options.memory_limit)),
+    (
+        "choose_paths",
+        lambda options: choose_paths(options.optimize, options.memory_limit, saved_limit=options.saved_limit),
+    ),
     ("place_scalars", lambda options: place_scalars(options.reassociate)),
     ("lower", lambda options: lower(options.reassociate)),
 )

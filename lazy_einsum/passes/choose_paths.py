@@ -24,6 +24,7 @@ from ..graph import (
 )
 from ..plan import Plan, make_plan
 from ..program import Value
+from ..saved import plan_saving, written_network
 from ..signature import TensorType
 from ..sizes import is_symbolic
 
@@ -36,6 +37,7 @@ def choose_paths(
     memory_limit: int | None = None,
     element_limit: int | str | None = None,
     generic: bool = False,
+    saved_limit: float | None = None,
 ) -> Callable[[fx.Graph], fx.Graph]:
     """The pass that chooses contraction orders.
 
@@ -61,6 +63,8 @@ def choose_paths(
         memory_limit: bytes that no intermediate may exceed.
         element_limit: the same in elements, as opt_einsum has it: a number, ``"max_input"`` or ``"max_output"``.
         generic: the result is to hold for other sizes of the same ranks.
+        saved_limit: what autograd may save for the backward pass, in parts of what it saves of the einsums as they were
+            written; see ``plan_saving``.
 
     Raises:
         MemoryLimitError: no order was found that stays below the limit.
@@ -84,7 +88,11 @@ def choose_paths(
                 pass
             elif is_order_free(node, operands, writers):
                 limit = element_limit if memory_limit is None else memory_limit // types[0].dtype.itemsize
-                plan = make_plan(spec, [operand.shape for operand in types], optimize, limit, generic)
+                network = written_network(node, spec, operands)
+                if generic or network is None:
+                    plan = make_plan(spec, [operand.shape for operand in types], optimize, limit, generic)
+                else:
+                    plan = plan_saving(network, saved_limit, optimize, limit)
                 node.meta[PLAN] = plan
                 _follow_plan(node, plan, operands, storages)
             elif not generic and not any(is_symbolic(size) for operand in types for size in operand.shape):

@@ -8,6 +8,7 @@ import torch
 from torch import fx
 
 from ..graph import MAX_LABELS, Writers, copy_graph, erase_if_unused, is_einsum, read_einsum, same_mode, type_of, uses
+from ..saved import WRITTEN, written_einsums
 from ..spec import EinsumSpec
 
 _Read = tuple[EinsumSpec, tuple[fx.Node, ...]]
@@ -78,6 +79,7 @@ def _inline_operands(
 ) -> tuple[EinsumSpec, tuple[fx.Node, ...], list[fx.Node]]:
     """The einsum ``node`` with all operands inlined that may be, and what was inlined."""
     consumed: list[fx.Node] = []
+    written = written_einsums(node, spec)
     # From the last operand to the first, so that positions to the left stay valid.
     for position in reversed(range(len(operands))):
         operand = operands[position]
@@ -88,7 +90,10 @@ def _inline_operands(
         if fused.n_labels > MAX_LABELS or _merges_broadcasts(spec.inputs[position], inner):
             continue
         spec, operands = fused, (*operands[:position], *inner_operands, *operands[position + 1 :])
+        written = written.inline(position, written_einsums(operand, inner))
         consumed.append(operand)
+    if consumed:
+        node.meta[WRITTEN] = written
     return spec, operands, consumed
 
 
