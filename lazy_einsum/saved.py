@@ -1,0 +1,266 @@
+"""What autograd saves for the backward pass: of calls on given operands, of einsums as eager torch runs them; and the
+contraction orders of which it saves little more than that.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+from torch import fx
+
+from . import ambient as ambient_module
+from .decompose import eager_calls
+from .graph import EVERYTHING, facts
+from .plan import Optimize, Plan, make_plan, saved_elements
+from .program import Call, Value
+from .search import Path, SavedLimit
+from .signature import TensorType
+from .spec import EinsumSpec
+
+WRITTEN = "lazy_einsum_written"
+"""Under this name an einsum made of several has them, as they were written, in its ``meta``."""
+
+
+class Written(NamedTuple):
+    """An einsum as the user wrote it, before others were inlined into it.
+
+    Attributes:
+        spec: the einsum.
+        operands: the einsum that gives each operand; ``None`` for an operand of the whole. Those of the whole are in
+            the order of this tree.
+        n_operands: number of operands of the whole.
+    """
+
+    spec: EinsumSpec
+    operands: tuple[Written | None, ...]
+    n_operands: int
+
+    @classmethod
+    def plain(cls, spec: EinsumSpec) -> Written:
+        """An einsum that nothing was inlined into."""
+        return cls(spec, (None,) * len(spec.inputs), len(spec.inputs))
+
+    def inline(self, position: int, inner: Written) -> Written:
+        """The operand of the whole at ``position`` given by another einsum, as ``EinsumSpec.inline`` has it."""
+        operands = list(self.operands)
+        for place, operand in enumerate(operands):
+            count = 1 if operand is None else operand.n_operands
+            if position < count:
+                operands[place] = inner if operand is None else operand.inline(position, inner)
+                break
+            position -= count
+        return Written(self.spec, tuple(operands), self.n_operands - 1 + inner.n_operands)
+
+
+class WrittenNetwork(NamedTuple):
+    """An einsum with all that limits on saved memory depend on.
+
+    Attributes:
+        written: what the user wrote.
+        spec: the same as one einsum.
+        types: of its operands; ``requires_grad`` says which autograd follows.
+        memory: numbers of the memory that each operand lies in.
+    """
+
+    written: Written
+    spec: EinsumSpec
+    types: tuple[TensorType, ...]
+    memory: tuple[int, ...]
+
+    def at(self, value: Callable[[int], int]) -> WrittenNetwork:
+        """The same for other sizes and strides: ``value`` gives each."""
+        types = [
+            replace(known, shape=tuple(map(value, known.shape)), stride=tuple(map(value, known.stride)))
+            for known in self.types
+        ]
+        return self._replace(types=tuple(types))
+
+
+def written_einsums(node: fx.Node, spec: EinsumSpec) -> Written:
+    """The einsums that were written where ``node`` is, which computes ``spec``."""
+    written = node.meta.get(WRITTEN)
+    return written if isinstance(written, Written) else Written.plain(spec)
+
+
+def written_network(node: fx.Node, spec: EinsumSpec, operands: Sequence[fx.Node]) -> WrittenNetwork | None:
+    """The einsum ``node`` with what limits on saved memory depend on; ``None`` where an operand is of unknown type."""
+    known = facts(node)
+    types, memory = [], []
+    for operand in operands:
+        entering = facts(operand)
+        if known is None or entering is None or entering.type is None:
+            return None
+        types.append(replace(entering.type, requires_grad=known.grad and entering.type.requires_grad))
+        storage = entering.storage
+        # What may lie in any memory is taken to have its own.
+        memory.append(storage if storage is not None and storage != EVERYTHING else -1 - operands.index(operand))
+    return WrittenNetwork(written_einsums(node, spec), spec, tuple(types), tuple(memory))
+
+
+# Where the operands of a call are of which autograd saves each for the gradient of the other.
+_PRODUCTS = {**dict.fromkeys(("mul", "bmm", "mm", "mv", "dot"), (0, 1)), **dict.fromkeys(("addmm", "baddbmm"), (1, 2))}
+
+
+class Tape:
+    """Runs calls on tensors without data and counts what autograd would save.
+
+    (Autograd itself is not asked, as there may be hooks of the user's own on all that it saves.)
+
+    Args:
+        types: of the operands; ``requires_grad`` says which autograd follows.
+        memory: numbers of their memory.
+    """
+
+    def __init__(self, types: Sequence[TensorType], memory: Sequence[int]) -> None:
+        with ambient_module.no_modes():
+            self.values = [
+                torch.empty_strided(known.shape, known.stride, dtype=known.dtype, device="meta") for known in types
+            ]
+        #: What was multiplied by what, as an order has it: operands are numbered from 0, products follow.
+        self.pairs: list[tuple[int, int]] = []
+        self._follows = [known.requires_grad for known in types]
+        self._origin = list(range(len(types)))
+        self._n_operands = len(types)
+        self._memory = {_storage(value): number for value, number in zip(self.values, memory, strict=True)}
+        self._saved: dict[tuple[bool, int], int] = {}
+
+    def type_of(self, value: int) -> TensorType:
+        """The type of a value."""
+        return TensorType.of(self.values[value])
+
+    def run(self, calls: Sequence[Call], operands: Sequence[int]) -> int:
+        """Run calls whose operands are these values; the number of the result."""
+        numbers = list(operands)
+        with ambient_module.no_modes(), torch.no_grad():
+            for target, args, kwargs in calls:
+                own = [numbers[arg.number] if isinstance(arg, Value) else None for arg in args]
+                receiver, *rest = [
+                    arg if number is None else self.values[number] for arg, number in zip(args, own, strict=True)
+                ]
+                self.values.append(getattr(receiver, target)(*rest, **dict(kwargs)))
+                numbers.append(len(self.values) - 1)
+                self._note(target, own)
+        return numbers[-1]
+
+    @property
+    def saved(self) -> int:
+        """Elements saved so far."""
+        return sum(self._saved.values())
+
+    def _note(self, target: str, operands: Sequence[int | None]) -> None:
+        taken = [number for number in operands if number is not None]
+        self._follows.append(any(self._follows[number] for number in taken))
+        places = _PRODUCTS.get(target, ())
+        pair = [number for place in places if (number := operands[place]) is not None]
+        if len(pair) != 2:
+            self._origin.append(self._origin[taken[0]])
+            return
+        left, right = pair
+        self.pairs.append((self._origin[left], self._origin[right]))
+        self._origin.append(self._n_operands + len(self.pairs) - 1)
+        for one, other in ((left, right), (right, left)):
+            if self._follows[other]:
+                value = self.values[one]
+                key = _storage(value)
+                memory = (True, self._memory[key]) if key in self._memory else (False, key)
+                size = value.untyped_storage().nbytes() // value.element_size()
+                self._saved[memory] = max(self._saved.get(memory, 0), size)
+
+
+def _storage(value: torch.Tensor) -> int:
+    key: int = value.untyped_storage()._cdata
+    return key
+
+
+def eager_saved(network: WrittenNetwork) -> Tape | None:
+    """What eager torch does for the einsums as they were written; ``None`` where that can't be told."""
+    tape = Tape(network.types, network.memory)
+    operands = iter(range(len(network.types)))
+    results: dict[int, int] = {}
+    leaves: dict[int, list[int]] = {}
+    # Operands of the whole come in the order of the tree, which is another one than that in which its einsums run.
+    stack = [network.written]
+    while stack:
+        node = stack[-1]
+        own = leaves.setdefault(id(node), [])
+        if len(own) == len(node.operands):
+            stack.pop()
+            calls = eager_calls(str(node.spec.canonical()), [tape.type_of(value) for value in own])
+            if calls is None:
+                return None
+            results[id(node)] = tape.run(calls, own)
+            continue
+        inner = node.operands[len(own)]
+        if inner is None:
+            own.append(next(operands))
+        elif id(inner) in results:
+            own.append(results[id(inner)])
+        else:
+            stack.append(inner)
+    return tape
+
+
+def plan_saving(
+    network: WrittenNetwork,
+    ratio: float | None,
+    optimize: Optimize = "auto",
+    memory_limit: int | str | None = None,
+) -> Plan:
+    """A plan of which autograd saves at most ``ratio`` times as much as of the einsums as they were written; where no
+    such order is found, one of which it saves little.
+
+    Args:
+        network: what is contracted.
+        ratio: ``None`` for no limit.
+        optimize: see ``make_plan``; only ``"auto"`` is limited.
+        memory_limit: see ``make_plan``.
+
+    Raises:
+        MemoryLimitError: see ``make_plan``.
+    """
+    shapes = [known.shape for known in network.types]
+    plan = make_plan(network.spec, shapes, optimize, memory_limit)
+    if ratio is None or optimize not in ("auto", True):
+        return plan
+    limit = saved_limit(network, ratio, plan.ssa_path)
+    return plan if limit is None else make_plan(network.spec, shapes, optimize, memory_limit, saved_limit=limit)
+
+
+def saved_limit(network: WrittenNetwork, ratio: float, path: Path) -> SavedLimit | None:
+    """The limit, if the order ``path`` exceeds it: else ``None``."""
+    network = network.at(int)
+    spec, types = network.spec, network.types
+    if len(types) < 3 or not any(known.requires_grad for known in types):
+        return None
+    shapes = [known.shape for known in types]
+    lone = spec.lone(shapes)
+    sizes: list[int] = []
+    memory: list[object] = []
+    least: dict[object, int] = {}
+    for number, (term, known) in enumerate(zip(spec.inputs, types, strict=True)):
+        own = {label: size for label, size in zip(term, known.shape, strict=True) if label not in lone}
+        # A sum over labels that nothing else has comes first, and is what is saved then.
+        summed = len(own) < len(set(term))
+        sizes.append(math.prod(own.values()) if summed else _span(known))
+        memory.append((number,) if summed else network.memory[number])
+        least[memory[-1]] = max(least.get(memory[-1], 0), math.prod(own.values()))
+    limit = SavedLimit(tuple(known.requires_grad for known in types), tuple(sizes), tuple(memory))
+    saved = saved_elements(spec, shapes, path, limit)
+    # Each operand is saved in any order where autograd follows all. To ask eager torch costs more than all else here.
+    if all(limit.follows) and saved <= ratio * sum(least.values()):
+        return None
+    eager = eager_saved(network)
+    if eager is None or saved <= ratio * eager.saved:
+        return None
+    return replace(limit, elements=ratio * eager.saved, order=tuple(eager.pairs))
+
+
+def _span(known: TensorType) -> int:
+    """Elements of the memory that a tensor lies in, as far as its strides tell."""
+    if 0 in known.shape:
+        return 0
+    return 1 + sum((size - 1) * stride for size, stride in zip(known.shape, known.stride, strict=True))
