@@ -14,6 +14,7 @@ from .errors import EquationError
 from .kernels import lower_plan
 from .plan import make_plan
 from .program import compile_program
+from .saved import SAVED_LIMIT, Written, WrittenNetwork, plan_saving
 from .signature import TensorType
 from .spec import EinsumSpec
 
@@ -27,15 +28,16 @@ _F = TypeVar("_F", bound=Callable[..., Any])
 Sublist = tuple[int | EllipsisType, ...]
 # Sublists of an equation given by integers: one for each operand, and that of the output or None.
 _Sublists = tuple[tuple[Sublist, ...], Sublist | None]
-# What a compiled contraction depends on: shape, strides, dtype, whether gradients are asked for.
-_Key = tuple[tuple[torch.Size, tuple[int, ...]], ...]
+# Of each operand what a compiled contraction depends on: shape, strides, whether autograd follows it.
+_Key = tuple[tuple[torch.Size, tuple[int, ...], bool], ...]
 
 
 def einsum(*args: Any) -> torch.Tensor:
     """Sum of products of tensors by Einstein's convention: the same calls and results as ``torch.einsum``.
 
     The contraction order and the calls are chosen once for each equation and shapes, strides and dtypes of operands,
-    and kept (the last 1024 of them). Any number of labels can be used, with letters of any alphabet or integers.
+    and kept (the last 1024 of them); for the backward pass it saves at most 1.1 times what ``torch.einsum`` does.
+    Any number of labels can be used, with letters of any alphabet or integers.
 
     Args:
         *args: ``equation, *operands``, or ``equation, [operands]``, or
@@ -67,9 +69,11 @@ def einsum(*args: Any) -> torch.Tensor:
     for operand in operands:
         if operand.dtype is not dtype or operand.layout is not torch.strided:
             return _plain(equation, operands)
-        needs_grad = needs_grad or (grad and operand.requires_grad)
-        parts.append((operand.shape, operand.stride()))
-    function = _prepare(equation, tuple(parts), dtype, needs_grad)
+        follows = grad and operand.requires_grad
+        needs_grad = needs_grad or follows
+        parts.append((operand.shape, operand.stride(), follows))
+    shared = _shared_memory(operands) if needs_grad and len(operands) > 2 else ()
+    function = _prepare(equation, tuple(parts), dtype, shared)
     return _plain(equation, operands) if function is None else function(*operands)
 
 
@@ -110,6 +114,12 @@ def _is_ordinary(operands: Sequence[torch.Tensor]) -> bool:
     )
 
 
+def _shared_memory(operands: Sequence[torch.Tensor]) -> tuple[int, ...]:
+    """For each operand the first one that lies in the same memory; nothing where each has its own."""
+    storages = [operand.untyped_storage()._cdata for operand in operands]
+    return () if len(set(storages)) == len(storages) else tuple(map(storages.index, storages))
+
+
 def _parse(equation: str | _Sublists, ranks: Sequence[int]) -> EinsumSpec:
     if isinstance(equation, str):
         return EinsumSpec.parse(equation, ranks)
@@ -118,21 +128,22 @@ def _parse(equation: str | _Sublists, ranks: Sequence[int]) -> EinsumSpec:
 
 @lru_cache(maxsize=1024)
 def _prepare(
-    equation: str | _Sublists, parts: _Key, dtype: torch.dtype, needs_grad: bool
+    equation: str | _Sublists, parts: _Key, dtype: torch.dtype, shared: tuple[int, ...]
 ) -> Callable[..., torch.Tensor] | None:
     """The compiled contraction, or ``None`` where torch's own way through the equation can be seen in the result."""
-    shapes = [tuple(shape) for shape, _ in parts]
+    shapes = [tuple(shape) for shape, _, _ in parts]
     spec = _parse(equation, [len(shape) for shape in shapes])
     spec.sizes(shapes)
     if dtype in _INTEGERS and len(parts) > 1 and spec.lone(shapes):
         # torch.einsum sums labels of one operand to int64 first, and whether it then fails depends on its order.
         return None
-    plan = make_plan(spec, shapes)
     cpu = torch.device("cpu")
     types = [
-        TensorType(shape, dtype, cpu, tuple(stride), needs_grad)
-        for shape, (_, stride) in zip(shapes, parts, strict=True)
+        TensorType(shape, dtype, cpu, tuple(stride), follows)
+        for shape, (_, stride, follows) in zip(shapes, parts, strict=True)
     ]
+    memory = shared or tuple(range(len(parts)))
+    plan = plan_saving(WrittenNetwork(Written.plain(spec), spec, tuple(types), memory), SAVED_LIMIT)
     text = equation if isinstance(equation, str) and equation.isascii() else str(spec.canonical())
     return compile_program(lower_plan(plan, types, _eager_is_contiguous(text, spec, types)))
 

@@ -19,6 +19,7 @@ from .parts import WholeDispatcher
 from .passes import Options
 from .plan import check_optimize
 from .report import Report
+from .saved import SAVED_LIMIT
 from .signature import Signature
 from .specialize import Specialization
 
@@ -104,7 +105,7 @@ class OptimizedModule(nn.Module):
         frozen: Iterable[str] = (),
         verify: bool = False,
         dynamic: bool | None = None,
-        saved_limit: float | None = 1.1,
+        saved_limit: float | None = SAVED_LIMIT,
     ) -> None:
         if not callable(module):
             raise TypeError(f"OptimizedModule wraps an nn.Module or a callable, got {type(module).__name__}")

@@ -21,6 +21,9 @@ from .search import Path, SavedLimit
 from .signature import TensorType
 from .spec import EinsumSpec
 
+SAVED_LIMIT = 1.1
+"""What may be saved where nobody said otherwise, in parts of what eager torch saves."""
+
 WRITTEN = "lazy_einsum_written"
 """Under this name an einsum made of several has them, as they were written, in its ``meta``."""
 
