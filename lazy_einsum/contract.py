@@ -14,7 +14,7 @@ from .errors import EquationError
 from .kernels import lower_plan
 from .plan import make_plan
 from .program import compile_program
-from .saved import SAVED_LIMIT, Written, WrittenNetwork, plan_saving
+from .saved import SAVED_LIMIT, Written, WrittenNetwork, lower_saving, plan_saving
 from .signature import TensorType
 from .spec import EinsumSpec
 
@@ -143,9 +143,12 @@ def _prepare(
         for shape, (_, stride, follows) in zip(shapes, parts, strict=True)
     ]
     memory = shared or tuple(range(len(parts)))
-    plan = plan_saving(WrittenNetwork(Written.plain(spec), spec, tuple(types), memory), SAVED_LIMIT)
+    plan, limit = plan_saving(WrittenNetwork(Written.plain(spec), spec, tuple(types), memory), SAVED_LIMIT)
     text = equation if isinstance(equation, str) and equation.isascii() else str(spec.canonical())
-    return compile_program(lower_plan(plan, types, _eager_is_contiguous(text, spec, types)))
+    contiguous = _eager_is_contiguous(text, spec, types)
+    if limit is None:
+        return compile_program(lower_plan(plan, types, contiguous))
+    return compile_program(lower_saving(plan, types, memory, limit.elements, contiguous))
 
 
 def _eager_is_contiguous(text: str, spec: EinsumSpec, types: Sequence[TensorType]) -> bool:

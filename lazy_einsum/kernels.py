@@ -79,7 +79,11 @@ def lower(
 
 
 def lower_plan(
-    plan: Plan, types: Sequence[TensorType], contiguous: bool = False, scale: complex | None = None
+    plan: Plan,
+    types: Sequence[TensorType],
+    contiguous: bool = False,
+    scale: complex | None = None,
+    saved_price: float = 0.0,
 ) -> Program:
     """The calls for a whole plan.
 
@@ -91,12 +95,18 @@ def lower_plan(
         types: types of the plan's operands, as for ``lower``.
         contiguous: the result must be contiguous.
         scale: factor of the result.
+        saved_price: seconds that each element costs that autograd saves for the backward pass.
     """
-    return _lower(plan.spec, plan.steps, types, contiguous, scale)
+    return _lower(plan.spec, plan.steps, types, contiguous, scale, saved_price)
 
 
 def _lower(
-    spec: EinsumSpec, steps: Sequence[Contraction], types: Sequence[TensorType], contiguous: bool, scale: complex | None
+    spec: EinsumSpec,
+    steps: Sequence[Contraction],
+    types: Sequence[TensorType],
+    contiguous: bool,
+    scale: complex | None,
+    saved_price: float = 0.0,
 ) -> Program:
     sizes = spec.sizes([type_.shape for type_ in types])
     if len(types) == 1:
@@ -107,7 +117,8 @@ def _lower(
         dims = [label if size != 1 else "" for label, size in zip(term, type_.shape, strict=True)]
         operands.append(_operand(dims, type_.stride))
     context = Context(sizes, types[0].dtype, any(type_.requires_grad for type_ in types))
-    choices = _choose(context, steps, [operand.layout for operand in operands], wanted, contiguous)
+    saving = _Saving(saved_price, [type_.requires_grad for type_ in types]) if saved_price else None
+    choices = _choose(context, steps, [operand.layout for operand in operands], wanted, contiguous, saving)
     return _write(context, steps, operands, choices, wanted, contiguous, scale)
 
 
@@ -145,7 +156,7 @@ class _Choice(NamedTuple):
     Attributes:
         layout: the layout.
         seconds: modelled time to get there, children included.
-        way: how; ``None`` for an operand.
+        way: how; ``None`` for an operand, or for a contiguous copy of one.
         children: which choices of the step's operands it takes.
     """
 
@@ -155,15 +166,63 @@ class _Choice(NamedTuple):
     children: tuple[int, int] = (0, 0)
 
 
+class _Saving(NamedTuple):
+    """What autograd saves has a price.
+
+    Attributes:
+        price: seconds per element.
+        follows: for each operand whether autograd follows it.
+    """
+
+    price: float
+    follows: list[bool]
+
+    def copies(self, context: Context, layout: Layout) -> list[_Choice]:
+        """A copy of an operand, to be saved in place of one that lies in more memory than it has elements."""
+        sizes = context.sizes
+        if _span(layout, sizes) <= product(layout.labels, sizes):
+            return []
+        seconds = cost.CPU.launch + copy_seconds(layout.labels, label_strides(layout, sizes), sizes)
+        return [_Choice(contiguous_layout(layout.dims, sizes), seconds)]
+
+    def seconds(self, context: Context, way: Way, pair: Sequence[tuple[Layout, bool, bool]]) -> float:
+        """The price of what one step saves.
+
+        Args:
+            context: shared by all steps.
+            way: how the step is done.
+            pair: of each operand: its layout, whether it is one of the plan, whether autograd follows it.
+        """
+        sizes = context.sizes
+        copied = (way.flips[0] or way.copy_first, way.flips[1])
+        elements = 0
+        for place, groups in enumerate((way.first, way.second)):
+            layout, is_given, _ = pair[place ^ way.swap]
+            if not pair[place ^ way.swap ^ 1][2]:
+                continue
+            view = not (copied[place] or way.kind == "copy and multiply")
+            view = view and group_strides(groups, label_strides(layout, sizes), sizes) is not None
+            elements += _span(layout, sizes) if view and is_given else product(layout.labels, sizes)
+        return self.price * elements
+
+
+def _span(layout: Layout, sizes: Sizes) -> int:
+    """Elements of the memory that a tensor lies in, as far as its strides tell."""
+    shape = shape_of(layout.dims, sizes)
+    return 1 + sum((size - 1) * stride for size, stride in zip(shape, layout.strides, strict=True))
+
+
 def _choose(
     context: Context,
     steps: Sequence[Contraction],
     operands: Sequence[Layout],
     wanted: tuple[str, ...],
     contiguous: bool,
+    saving: _Saving | None,
 ) -> list[list[_Choice]]:
     """For each value of the plan the layouts worth keeping, cheapest first."""
-    choices = [[_Choice(layout, 0.0)] for layout in operands]
+    choices = [[_Choice(layout, 0.0), *(saving.copies(context, layout) if saving else ())] for layout in operands]
+    follows = list(saving.follows) if saving else []
     keep = next(kept for limit, kept in _LAYOUTS if len(steps) <= limit)
     hints = _hints(steps, operands, wanted)
     for number, step in enumerate(steps):
@@ -171,12 +230,20 @@ def _choose(
         # Results that lie in memory alike are the same to the consumer, whatever the order of their dimensions.
         best: dict[tuple[tuple[str, int], ...], _Choice] = {}
         left, right = step.operands
+        if saving:
+            follows.append(follows[left] or follows[right])
         for i, a in enumerate(choices[left]):
             for j, b in enumerate(choices[right]):
                 one, two, spent = after_sums(context, a.layout, b.layout, step.spec.output)
                 spent += a.seconds + b.seconds
                 for way in ways(context, one, two, step.spec.output, hints[number]):
                     total = spent + way.seconds
+                    if saving:
+                        given = [
+                            (summed, number < len(operands) and summed is choice.layout and not index, follows[number])
+                            for number, index, choice, summed in ((left, i, a, one), (right, j, b, two))
+                        ]
+                        total += saving.seconds(context, way, given)
                     if last:
                         total += _finish_seconds(context, way.result, wanted, contiguous)
                     place = tuple(sorted(label_strides(way.result, context.sizes).items()))
@@ -372,6 +439,7 @@ def _write(
             value = values[operand_number]
             if operand_number < n:
                 value = writer.diagonals(value, operands[operand_number])
+                value = writer.contiguous(value) if picked[operand_number] else value
             pair.append(writer.scaled(value, scale) if place == _Place("value", operand_number) else value)
         a, b = pair
         lone_a = lone_labels(writer.layouts[a], writer.layouts[b], step.spec.output)

@@ -7,18 +7,20 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import fx
 
 from . import ambient as ambient_module
 from .decompose import eager_calls
-from .graph import EVERYTHING, facts
+from .graph import EVERYTHING, facts, type_of
+from .kernels import lower_plan
 from .plan import Optimize, Plan, make_plan, saved_elements
-from .program import Call, Value
+from .program import Call, Program, Value
 from .search import Path, SavedLimit
 from .signature import TensorType
+from .sizes import is_symbolic
 from .spec import EinsumSpec
 
 SAVED_LIMIT = 1.1
@@ -26,6 +28,12 @@ SAVED_LIMIT = 1.1
 
 WRITTEN = "lazy_einsum_written"
 """Under this name an einsum made of several has them, as they were written, in its ``meta``."""
+
+
+SAVED = "lazy_einsum_saved"
+"""Under this name the last step of a planned einsum has in its ``meta`` how many operands the einsum has and how many
+elements autograd may save of it.
+"""
 
 
 class Written(NamedTuple):
@@ -76,11 +84,7 @@ class WrittenNetwork(NamedTuple):
 
     def at(self, value: Callable[[int], int]) -> WrittenNetwork:
         """The same for other sizes and strides: ``value`` gives each."""
-        types = [
-            replace(known, shape=tuple(map(value, known.shape)), stride=tuple(map(value, known.stride)))
-            for known in self.types
-        ]
-        return self._replace(types=tuple(types))
+        return self._replace(types=tuple(_at(known, value) for known in self.types))
 
 
 def written_einsums(node: fx.Node, spec: EinsumSpec) -> Written:
@@ -91,17 +95,26 @@ def written_einsums(node: fx.Node, spec: EinsumSpec) -> Written:
 
 def written_network(node: fx.Node, spec: EinsumSpec, operands: Sequence[fx.Node]) -> WrittenNetwork | None:
     """The einsum ``node`` with what limits on saved memory depend on; ``None`` where an operand is of unknown type."""
-    known = facts(node)
-    types, memory = [], []
+    types = followed_types(node, operands)
+    return None if types is None else WrittenNetwork(written_einsums(node, spec), spec, types, memory_of(operands))
+
+
+def followed_types(node: fx.Node, operands: Sequence[fx.Node]) -> tuple[TensorType, ...] | None:
+    """Types of operands as autograd follows them where ``node`` runs; ``None`` where one is unknown."""
+    known, types = facts(node), [entering for operand in operands if (entering := type_of(operand))]
+    if known is None or len(types) != len(operands):
+        return None
+    return tuple(replace(entering, requires_grad=known.grad and entering.requires_grad) for entering in types)
+
+
+def memory_of(operands: Sequence[fx.Node]) -> tuple[int, ...]:
+    """Numbers of the memory of operands; what may lie in any memory is taken to have its own."""
+    numbers = []
     for operand in operands:
-        entering = facts(operand)
-        if known is None or entering is None or entering.type is None:
-            return None
-        types.append(replace(entering.type, requires_grad=known.grad and entering.type.requires_grad))
-        storage = entering.storage
-        # What may lie in any memory is taken to have its own.
-        memory.append(storage if storage is not None and storage != EVERYTHING else -1 - operands.index(operand))
-    return WrittenNetwork(written_einsums(node, spec), spec, tuple(types), tuple(memory))
+        known = facts(operand)
+        storage = EVERYTHING if known is None or known.storage is None else known.storage
+        numbers.append(-2 - operands.index(operand) if storage == EVERYTHING else storage)
+    return tuple(numbers)
 
 
 # Where the operands of a call are of which autograd saves each for the gradient of the other.
@@ -142,7 +155,8 @@ class Tape:
             for target, args, kwargs in calls:
                 own = [numbers[arg.number] if isinstance(arg, Value) else None for arg in args]
                 receiver, *rest = [
-                    arg if number is None else self.values[number] for arg, number in zip(args, own, strict=True)
+                    _plain(arg) if number is None else self.values[number]
+                    for arg, number in zip(args, own, strict=True)
                 ]
                 self.values.append(getattr(receiver, target)(*rest, **dict(kwargs)))
                 numbers.append(len(self.values) - 1)
@@ -172,6 +186,13 @@ class Tape:
                 memory = (True, self._memory[key]) if key in self._memory else (False, key)
                 size = value.untyped_storage().nbytes() // value.element_size()
                 self._saved[memory] = max(self._saved.get(memory, 0), size)
+
+
+def _plain(argument: Any) -> Any:
+    """An argument with examples in the places of symbolic sizes."""
+    if isinstance(argument, tuple):
+        return tuple(map(_plain, argument))
+    return int(argument) if is_symbolic(argument) else argument
 
 
 def _storage(value: torch.Tensor) -> int:
@@ -212,9 +233,9 @@ def plan_saving(
     ratio: float | None,
     optimize: Optimize = "auto",
     memory_limit: int | str | None = None,
-) -> Plan:
-    """A plan of which autograd saves at most ``ratio`` times as much as of the einsums as they were written; where no
-    such order is found, one of which it saves little.
+) -> tuple[Plan, SavedLimit | None]:
+    """A plan of which autograd saves at most ``ratio`` times as much as of the einsums as they were written, and the
+    limit that follows from that for its lowering. Where no such order is found, it is one of which it saves little.
 
     Args:
         network: what is contracted.
@@ -228,38 +249,94 @@ def plan_saving(
     shapes = [known.shape for known in network.types]
     plan = make_plan(network.spec, shapes, optimize, memory_limit)
     if ratio is None or optimize not in ("auto", True):
-        return plan
+        return plan, None
     limit = saved_limit(network, ratio, plan.ssa_path)
-    return plan if limit is None else make_plan(network.spec, shapes, optimize, memory_limit, saved_limit=limit)
+    if limit is not None:
+        plan = make_plan(network.spec, shapes, optimize, memory_limit, saved_limit=limit)
+    return plan, limit
 
 
 def saved_limit(network: WrittenNetwork, ratio: float, path: Path) -> SavedLimit | None:
-    """The limit, if the order ``path`` exceeds it: else ``None``."""
+    """The limit; ``None`` where the order ``path`` keeps it for sure, or where there is none."""
     network = network.at(int)
     spec, types = network.spec, network.types
     if len(types) < 3 or not any(known.requires_grad for known in types):
         return None
     shapes = [known.shape for known in types]
     lone = spec.lone(shapes)
-    sizes: list[int] = []
+    sizes, most = [], []
     memory: list[object] = []
     least: dict[object, int] = {}
     for number, (term, known) in enumerate(zip(spec.inputs, types, strict=True)):
         own = {label: size for label, size in zip(term, known.shape, strict=True) if label not in lone}
+        elements = math.prod(own.values())
         # A sum over labels that nothing else has comes first, and is what is saved then.
         summed = len(own) < len(set(term))
-        sizes.append(math.prod(own.values()) if summed else _span(known))
         memory.append((number,) if summed else network.memory[number])
-        least[memory[-1]] = max(least.get(memory[-1], 0), math.prod(own.values()))
+        # Else it is what lies in the operand's memory, or a copy of the operand.
+        sizes.append(elements if summed else min(elements, _span(known)))
+        most.append(elements if summed else max(elements, _span(known)))
+        least[memory[-1]] = max(least.get(memory[-1], 0), sizes[-1])
     limit = SavedLimit(tuple(known.requires_grad for known in types), tuple(sizes), tuple(memory))
-    saved = saved_elements(spec, shapes, path, limit)
     # Each operand is saved in any order where autograd follows all. To ask eager torch costs more than all else here.
-    if all(limit.follows) and saved <= ratio * sum(least.values()):
-        return None
+    if all(limit.follows):
+        upper = replace(limit, sizes=tuple(most), memory=tuple(range(len(types))))
+        if saved_elements(spec, shapes, path, upper) <= ratio * sum(least.values()):
+            return None
     eager = eager_saved(network)
-    if eager is None or saved <= ratio * eager.saved:
-        return None
-    return replace(limit, elements=ratio * eager.saved, order=tuple(eager.pairs))
+    return None if eager is None else replace(limit, elements=ratio * eager.saved, order=tuple(eager.pairs))
+
+
+def is_within(network: WrittenNetwork, ratio: float, path: Path) -> bool:
+    """Whether autograd saves at most ``ratio`` times as much of an order as of the einsums as they were written."""
+    limit = saved_limit(network, ratio, path)
+    shapes = [tuple(map(int, known.shape)) for known in network.types]
+    return limit is None or saved_elements(network.spec, shapes, path, limit) <= limit.elements
+
+
+def lower_saving(
+    plan: Plan,
+    types: Sequence[TensorType],
+    memory: Sequence[int],
+    elements: float,
+    contiguous: bool = False,
+    scale: complex | None = None,
+) -> Program:
+    """``lower_plan``: calls of which autograd saves at most so many elements; if none do, of which it saves least.
+
+    Args:
+        plan: see ``lower_plan``.
+        types: of the operands; ``requires_grad`` says which autograd follows.
+        memory: numbers of the memory that each lies in.
+        elements: the limit.
+        contiguous: see ``lower_plan``.
+        scale: see ``lower_plan``.
+    """
+    program = lower_plan(plan, types, contiguous, scale)
+    best, least = program, _saved(program, types, memory)
+    for factor in _PRICES:
+        if least <= elements:
+            break
+        price = factor * program.seconds / max(elements, 1)
+        other = lower_plan(plan, types, contiguous, scale, saved_price=price)
+        saved = _saved(other, types, memory)
+        if saved < least:
+            best, least = other, saved
+    return best
+
+
+# In parts of what a program takes, what saving as much as is allowed costs; in turn.
+_PRICES = (1.0, 30.0)
+
+
+def _saved(program: Program, types: Sequence[TensorType], memory: Sequence[int]) -> int:
+    tape = Tape([_at(known, int) for known in types], memory)
+    tape.run(program.calls, range(len(types)))
+    return tape.saved
+
+
+def _at(known: TensorType, value: Callable[[int], int]) -> TensorType:
+    return replace(known, shape=tuple(map(value, known.shape)), stride=tuple(map(value, known.stride)))
 
 
 def _span(known: TensorType) -> int:

@@ -28,7 +28,7 @@ from .passes.choose_paths import PLAN
 from .plan import Plan, make_plan, order_seconds
 from .recorder import Trace
 from .regions import restored
-from .saved import WrittenNetwork, plan_saving, saved_limit, written_network
+from .saved import WrittenNetwork, is_within, plan_saving, written_network
 from .search import Path as PlanPath
 from .signature import Arguments, Signature
 from .sizes import is_symbolic
@@ -388,7 +388,7 @@ def plan_conditions(
         found = read_einsum(node) if is_einsum(node) else None
         network = written_network(node, *found) if found is not None and len(found[1]) > 2 else None
         if network is not None:
-            networks.append((network, plan_saving(network, options.saved_limit, options.optimize).ssa_path))
+            networks.append((network, plan_saving(network, options.saved_limit, options.optimize)[0].ssa_path))
     examples = arguments.symbols
     sizes = [name for name, example in examples.items() if type(example) is int]
     groups = [[name] for name in sizes] + [sizes] * (len(sizes) > 1)
@@ -413,12 +413,12 @@ def _is_good(network: WrittenNetwork, path: PlanPath, scope: Mapping[str, int | 
     """
     there = network.at(lambda size: int(eval(size.text, dict(scope))) if is_symbolic(size) else int(size))
     shapes = [known.shape for known in there.types]
-    best = plan_saving(there, options.saved_limit, options.optimize).ssa_path
+    best = plan_saving(there, options.saved_limit, options.optimize)[0].ssa_path
     if order_seconds(there.spec, shapes, path) > _GOOD * order_seconds(there.spec, shapes, best):
         return False
     if path == best or options.saved_limit is None or options.optimize != "auto":
         return True
-    return saved_limit(there, options.saved_limit, path) is None
+    return is_within(there, options.saved_limit, path)
 
 
 _GOOD = 1.2

@@ -24,7 +24,7 @@ from ..graph import (
 )
 from ..plan import Plan, make_plan
 from ..program import Value
-from ..saved import plan_saving, written_network
+from ..saved import SAVED, plan_saving, written_network
 from ..signature import TensorType
 from ..sizes import is_symbolic
 
@@ -92,7 +92,9 @@ def choose_paths(
                 if generic or network is None:
                     plan = make_plan(spec, [operand.shape for operand in types], optimize, limit, generic)
                 else:
-                    plan = plan_saving(network, saved_limit, optimize, limit)
+                    plan, most = plan_saving(network, saved_limit, optimize, limit)
+                    if most is not None:
+                        node.meta[SAVED] = len(operands), most.elements
                 node.meta[PLAN] = plan
                 _follow_plan(node, plan, operands, storages)
             elif not generic and not any(is_symbolic(size) for operand in types for size in operand.shape):

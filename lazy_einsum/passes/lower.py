@@ -28,6 +28,7 @@ from ..graph import (
 from ..kernels import lower_plan
 from ..plan import Contraction, Plan
 from ..program import Program, Value
+from ..saved import SAVED, followed_types, lower_saving, memory_of
 from ..scalars import ONE, Factor, Tensors, dtype_of, read_linear, tensors
 from ..signature import TensorType, contiguous_strides
 from ..spec import EinsumSpec, fresh_symbols
@@ -281,7 +282,7 @@ class _Write(NamedTuple):
         number = None if tree.factor == ONE else tree.factor.number
         is_view = tree.is_view
         order = None if free or is_view else _memory_order(known.type)
-        program = lower_plan(_plan(tree, order), types, contiguous=order is not None, scale=number)
+        program = self.program(tree, _plan(tree, order), leaves, order is not None, number)
         inside = replace(known, type=None, storage=next(self.storages), writes=())
         with graph.inserting_before(root):
             result = self.calls(graph, program, leaves, inside)
@@ -301,6 +302,18 @@ class _Write(NamedTuple):
         for node in reversed(tree.nodes):
             graph.erase_node(node)
         return result
+
+    def program(
+        self, tree: _Tree, plan: Plan, leaves: Sequence[fx.Node], contiguous: bool, scale: complex | None
+    ) -> Program:
+        """The calls for a tree, of which autograd saves no more than is allowed."""
+        types = [entering for leaf in leaves if (entering := type_of(leaf))]
+        # A limit is one for a whole einsum of three operands or more, so the tree has to be just that.
+        limits = [known[1] for node in tree.nodes if (known := node.meta.get(SAVED)) and known[0] == len(leaves)]
+        followed = followed_types(tree.root, leaves)
+        if not limits or followed is None:
+            return lower_plan(plan, types, contiguous, scale)
+        return lower_saving(plan, followed, memory_of(leaves), limits[0], contiguous, scale)
 
     def calls(self, graph: fx.Graph, program: Program, leaves: Sequence[fx.Node], inside: Facts) -> fx.Node:
         """Write the calls of a program at the insertion point; the node of its result."""

@@ -167,7 +167,7 @@ def _restamp(
     assert outer is not None
     assert len(before) == len(path)
     storage = outer.storage
-    path[0].meta = dict(scaling.meta)
+    path[0].meta = {**path[0].meta, **scaling.meta}
     for upper, lower, node in zip(before, before[1:], path[1:], strict=False):
         storage = storage if upper.storage == lower.storage else lower.storage
         stamp(node, replace(lower, storage=storage))
