@@ -156,15 +156,15 @@ MUTANTS = [
     _one(
         "a result that was contiguous is not",
         "passes/lower.py",
-        "contiguous=order is not None, scale=number",
-        "contiguous=False, scale=number",
+        "leaves, order is not None, number",
+        "leaves, False, number",
         "pure",
     ),
     _one(
         "the factor of a lowered network is dropped",
         "passes/lower.py",
-        "contiguous=order is not None, scale=number",
-        "contiguous=order is not None, scale=None",
+        "leaves, order is not None, number",
+        "leaves, order is not None, None",
         "pure",
     ),
     _one(
