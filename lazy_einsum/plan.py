@@ -166,7 +166,7 @@ def _plan(
     optimize: Optimize,
     memory_limit: int | str | None,
     generic: bool,
-    saved_limit: SavedLimit | None,
+    saved_limit: SavedLimit | None = None,
 ) -> Plan:
     sizes = spec.sizes(shapes)
     network = Network.of(spec, shapes, sizes, generic)
