@@ -278,6 +278,8 @@ def search_saving(
     low, high = 0.0, math.inf
     price = network.seconds(path) / max(most.elements, 1)
     for _ in range(_PRICES):
+        if low and high <= 3 * low:
+            break
         better = _search_priced(network.priced(most.follows, price), path, limit)
         if better is not None:
             found.setdefault(better, "search for few saved elements")
