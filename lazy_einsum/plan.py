@@ -328,11 +328,9 @@ def _foreign(network: Network, optimize: Optimize, limit: float) -> tuple[str, P
     if isinstance(optimize, RandomOptimizer):
         # One that has searched refuses every other contraction; a fresh copy for each also makes them independent.
         optimize = copy.deepcopy(optimize)
-    package = type(optimize).__module__.partition(".")[0]
-    own = package == "opt_einsum"
-    return name, _to_pairs(
-        network, _call_foreign(network, optimize, limit, own, tuple if package == "cotengra" else frozenset)
-    )
+    package = str(getattr(optimize, "__module__", "")).partition(".")[0]
+    kind = tuple if package == "cotengra" else frozenset
+    return name, _to_pairs(network, _call_foreign(network, optimize, limit, package == "opt_einsum", kind))
 
 
 def _call_foreign(
