@@ -20,6 +20,7 @@ from torch import fx
 
 from .errors import EquationError
 from .graph import EINSUM_TARGETS, facts, given, read_einsum, tensor_nodes, type_of
+from .products import spellings
 
 _EXACT_INTEGERS = frozenset({torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8})
 _HALF = frozenset({torch.float16, torch.complex32})
@@ -128,22 +129,14 @@ class Linear(NamedTuple):
     layout: str = "kept"
 
 
-def _spellings(*names: str) -> frozenset[Any]:
-    """All targets of calls with one of these names: of methods, of ``torch``, of ``torch.Tensor``."""
-    found: list[Any] = list(names)
-    for module in (torch, torch.Tensor):
-        found += [getattr(module, name) for name in names if hasattr(module, name)]
-    return frozenset(found)
-
-
-_MUL = _spellings("mul", "multiply", "__mul__", "__rmul__") | {operator.mul}
-_DIV = _spellings("div", "divide", "true_divide", "__truediv__", "__div__") | {operator.truediv}
-_REVERSED_DIV = _spellings("__rtruediv__", "__rdiv__")
-_NEG = _spellings("neg", "negative", "__neg__") | {operator.neg}
-_PRODUCTS = _spellings(
+_MUL = spellings("mul", "multiply", "__mul__", "__rmul__") | {operator.mul}
+_DIV = spellings("div", "divide", "true_divide", "__truediv__", "__div__") | {operator.truediv}
+_REVERSED_DIV = spellings("__rtruediv__", "__rdiv__")
+_NEG = spellings("neg", "negative", "__neg__") | {operator.neg}
+_PRODUCTS = spellings(
     "matmul", "__matmul__", "__rmatmul__", "mm", "bmm", "mv", "dot", "outer", "ger", "inner", "tensordot"
 ) | {operator.matmul, torch.functional.tensordot}
-_UNARY = _spellings(
+_UNARY = spellings(
     *(
         "permute",
         "transpose",
@@ -162,7 +155,7 @@ _UNARY = _spellings(
         "mean",
     )
 )
-_VIEW = _spellings("view")
+_VIEW = spellings("view")
 _LINEAR_ATTRIBUTES = frozenset({"T", "mT"})
 _CHANGES_TYPE = frozenset({"dtype", "out"})
 

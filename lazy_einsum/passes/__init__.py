@@ -11,6 +11,7 @@ from .canonicalize import canonicalize
 from .choose_paths import choose_paths
 from .fuse_einsums import fuse_einsums
 from .fuse_scalars import fuse_scalars
+from .join_products import join_products
 from .lower import lower
 from .place_scalars import place_scalars
 
@@ -36,6 +37,10 @@ class Options:
 PASSES: tuple[tuple[str, Callable[[Options], Pass]], ...] = (
     ("canonicalize", lambda options: canonicalize()),
     ("fuse_scalars", lambda options: fuse_scalars(options.reassociate)),
+    (
+        "join_products",
+        lambda options: join_products(options.optimize, options.memory_limit, options.reassociate),
+    ),
     ("fuse_einsums", lambda options: fuse_einsums(options.reassociate)),
     ("choose_paths", lambda options: choose_paths(options.optimize, options.memory_limit)),
     ("place_scalars", lambda options: place_scalars(options.reassociate)),
