@@ -89,7 +89,7 @@ class _Row:
         terms: the labels of these and of the result, from the numbers of their dimensions.
         added: the one that is added.
         only: parameters that must have this value, or none.
-        real: whether complex operands would be conjugated.
+        real: whether complex operands are another matter: conjugated, or refused.
     """
 
     parameters: tuple[str, ...]
@@ -293,7 +293,8 @@ _ROWS: tuple[tuple[frozenset[Any], _Reader], ...] = (
     ),
     (
         frozenset({torch.nn.functional.bilinear}),
-        _Row(("input1", "input2", "weight", "bias"), ("input1", "input2", "weight"), _bilinear, "bias"),
+        # Autograd does not follow that of complex operands.
+        _Row(("input1", "input2", "weight", "bias"), ("input1", "input2", "weight"), _bilinear, "bias", real=True),
     ),
     (
         spellings("addmm"),
