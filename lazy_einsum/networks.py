@@ -1,13 +1,15 @@
-"""Networks: what an einsum becomes when the einsums that it alone uses are inlined into it."""
+"""Networks: what an einsum or a product becomes when those that it alone uses are inlined into it, and what it costs."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import fx
 
-from .graph import MAX_LABELS, Writers, same_mode, type_of, uses
+from .graph import MAX_LABELS, Writers, is_einsum, same_mode, type_of, uses
+from .plan import make_plan, order_seconds
+from .products import Product, is_permutation, read_product
 from .spec import EinsumSpec
 
 Read = tuple[EinsumSpec, tuple[fx.Node, ...]]
@@ -77,3 +79,77 @@ def _merges_broadcasts(term: str, inner: EinsumSpec) -> bool:
         if len(holders) > 1 and any(len(merged & set(labels)) > 1 for labels in holders):
             return True
     return False
+
+
+class Networks:
+    """The networks of a graph: products under any name, permutations and einsums that feed each other.
+
+    Attributes:
+        own: what each of these calls computes.
+        whole: the same with all inlined that may be.
+        parts: the calls that this replaces, users before what they use.
+        inlined: the calls that are part of another's network.
+        writers: what writes in the graph.
+    """
+
+    def __init__(self, graph: fx.Graph, optimize: object, reassociate: bool | None) -> None:
+        """Read them.
+
+        Args:
+            graph: with exact facts.
+            optimize: the search that will choose orders, see ``make_plan``.
+            reassociate: True takes float16 and bfloat16 as well.
+        """
+        self.optimize = optimize
+        self.reassociate = reassociate
+        self.writers = Writers(graph)
+        self.own: dict[fx.Node, Product] = {}
+        self.whole: dict[fx.Node, Read] = {}
+        self.parts: dict[fx.Node, list[fx.Node]] = {}
+        self.inlined: set[fx.Node] = set()
+        usable: dict[fx.Node, Read] = {}
+        for node in graph.nodes:
+            product = None if self.writers.hold(node) else read_product(node, reassociate)
+            if product is None:
+                continue
+            spec, operands, taken = inline_operands(
+                node, product.spec, product.operands, usable, self.writers, reassociate
+            )
+            self.own[node], self.whole[node] = product, (spec, operands)
+            self.parts[node] = [node, *(part for inner in taken for part in self.parts[inner])]
+            self.inlined.update(taken)
+            if product.added is None:
+                usable[node] = spec, operands
+
+    def roots(self) -> Iterator[fx.Node]:
+        """The calls whose values others than their network see."""
+        for node in self.own:
+            if node in self.inlined:
+                continue
+            # A permutation at the end stays a view of what it permutes.
+            while is_permutation(node) and self.own[node].operands[0] in self.inlined:
+                (node,) = self.own[node].operands
+            if not is_permutation(node):
+                yield node
+
+    def seconds(self, root: fx.Node) -> float:
+        """What the cost model expects of the network as it is written, were only the einsums in it fused."""
+        einsums: dict[fx.Node, Read] = {}
+        total = 0.0
+        for part in reversed(self.parts[root]):
+            spec, operands, _ = self.own[part]
+            if is_einsum(part):
+                spec, operands, taken = inline_operands(part, spec, operands, einsums, self.writers, self.reassociate)
+                for inner in taken:
+                    del einsums[inner]
+                einsums[part] = spec, operands
+            else:
+                total += self.plan_seconds(spec, operands)
+        return total + sum(self.plan_seconds(*einsum) for einsum in einsums.values())
+
+    def plan_seconds(self, spec: EinsumSpec, operands: Sequence[fx.Node]) -> float:
+        """What the cost model expects of one einsum of operands of known types."""
+        shapes = [known.shape for operand in operands if (known := type_of(operand))]
+        if len(shapes) < 3:
+            return order_seconds(spec, shapes, ((0, 1),))
+        return make_plan(spec.canonical(), shapes, self.optimize).seconds

@@ -251,6 +251,14 @@ def _read_product(node: fx.Node, among: Tensors) -> Linear | None:
     return Linear(ONE, ((left, 1), (right, 1)), layout="any")
 
 
+def _read_linear(node: fx.Node, among: Tensors) -> Linear | None:
+    arguments = dict(zip(("input", "weight", "bias"), node.args, strict=False)) | given(node.kwargs)
+    left, right = arguments.get("input"), arguments.get("weight")
+    if arguments.get("bias") is not None or not (isinstance(left, fx.Node) and isinstance(right, fx.Node)):
+        return None
+    return Linear(ONE, ((left, 1), (right, 1)), layout="any")
+
+
 def _read_unary(node: fx.Node, among: Tensors) -> Linear | None:
     if not node.args or not isinstance(node.args[0], fx.Node) or _CHANGES_TYPE & set(given(node.kwargs)):
         return None
@@ -277,6 +285,7 @@ _RULES: dict[Any, _Rule] = {
         (_NEG, _read_neg),
         (EINSUM_TARGETS, _read_einsum),
         (_PRODUCTS, _read_product),
+        ({torch.nn.functional.linear}, _read_linear),
         (_UNARY | _VIEW, _read_unary),
         ({builtins.getattr}, _read_attribute),
     )

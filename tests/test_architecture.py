@@ -39,7 +39,7 @@ RANKS = {
     "kernels": 4,
     "graph": 3,
     "products": 4,
-    "networks": 4,
+    "networks": 5,
     "scalars": 5,
     "state": 3,
     "live": 2,
