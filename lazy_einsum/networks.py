@@ -1,4 +1,4 @@
-"""Networks: what an einsum or a product becomes when those that it alone uses are inlined into it, and what it costs."""
+"""Networks: what an einsum or a product becomes when those that it alone uses are inlined into it."""
 
 from __future__ import annotations
 

@@ -61,13 +61,19 @@ def read_product(node: fx.Node, reassociate: bool | None = None) -> Product | No
     entering = [entry for entry in types if entry is not None]
     if len(entering) < len(types) or {entry.dtype for entry in entering} != {known.type.dtype}:
         return None
-    dtypes = _EXACT | _COARSE if reassociate else _EXACT
-    if known.type.dtype not in dtypes or any(entry.is_conj or entry.is_neg for entry in (*entering, known.type)):
+    if not may_reorder(known.type.dtype, reassociate) or any(
+        entry.is_conj or entry.is_neg for entry in (*entering, known.type)
+    ):
         return None
     if {entry.device for entry in entering} != {known.type.device}:
         return None
     shape = product.spec.output_shape([entry.shape for entry in entering[: len(product.operands)]])
     return product if tuple(map(int, shape)) == tuple(map(int, known.type.shape)) else None
+
+
+def may_reorder(dtype: torch.dtype, reassociate: bool | None) -> bool:
+    """Whether products and sums of this type may be done in another order than the user's."""
+    return dtype in (_EXACT | _COARSE if reassociate else _EXACT)
 
 
 def is_permutation(node: fx.Node) -> bool:

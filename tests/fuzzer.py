@@ -1546,10 +1546,13 @@ def check_against(library: str, program: Program) -> Failure | None:
 
 @contextmanager
 def every_network() -> Iterator[None]:
-    """Products join others whether that pays or not."""
-    # Of the package, the name is that of the function.
-    module = importlib.import_module("lazy_einsum.passes.join_products")
-    with patch.object(module, "_GAIN", -float("inf")), patch.object(module, "_SECONDS", -float("inf")):
+    """Products join others, and multiply the terms of sums, whether that pays or not."""
+    with ExitStack() as stack:
+        for name in ("join_products", "distribute"):
+            # Of the package, the name is that of the function.
+            module = importlib.import_module(f"lazy_einsum.passes.{name}")
+            for constant in ("_GAIN", "_SECONDS"):
+                stack.enter_context(patch.object(module, constant, -float("inf")))
         yield
 
 
