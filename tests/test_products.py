@@ -165,3 +165,40 @@ def test_the_networks_of_the_table_are_joined() -> None:
         (entry,) = wrapped.specializations.values()
         joined += "einsum" in entry.stages["join_products"]
     assert joined > 0.8 * len(NETWORKS)
+
+
+# --- sizes that vary --------------------------------------------------------------------------------------------------
+
+
+def square_chain(a: Tensor, b: Tensor, c: Tensor, x: Tensor) -> Tensor:
+    return (a @ b @ c) @ x
+
+
+def low_rank(x: Tensor, w: Tensor, b: Tensor, a: Tensor) -> Tensor:
+    return torch.nn.functional.linear(x, w + 0.5 * (b @ a))
+
+
+def turned(x: Tensor, w: Tensor, b: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
+    return x.mT @ (x @ (b @ a).T), (b @ a).T @ w
+
+
+@pytest.mark.parametrize(
+    ("function", "shapes"),
+    [
+        (square_chain, lambda n: ((n, n), (n, n), (n, n), (n,))),
+        (square_chain, lambda n: ((5, n), (n, 90), (90, n), (n, 4))),
+        (low_rank, lambda n: ((n, 200), (180, 200), (180, 2), (2, 200))),
+        (low_rank, lambda n: ((3, 4, 200), (n, 200), (n, 2), (2, 200))),
+        (turned, lambda n: ((7, n), (n, 50), (n, 2), (2, n))),
+        (turned, lambda n: ((4, 7, 90), (90, n), (90, 2), (2, 90))),
+    ],
+)
+def test_code_for_all_sizes(function: Callable[..., Any], shapes: Callable[[int], tuple[tuple[int, ...], ...]]) -> None:
+    wrapped = OptimizedModule(function, on_untraceable="raise")
+    with every_network():
+        for size in (90, 100, 110, 120, 95, 200):
+            inputs = tensors(Case("", function, shapes(size)))
+            ours, theirs = observe(wrapped, clone_tree(inputs)), observe(function, clone_tree(inputs))
+            assert differences(ours, theirs) == [], size
+    assert any(entry.is_generic for entry in wrapped.specializations.values())
+    assert wrapped.cache_info().hits > 0
