@@ -884,36 +884,36 @@ def _(a, b, x):
     return (a @ b) @ x / 90
 
 
-@program("low-rank update of a weight", t("n", 90))
+@program("low-rank update of a weight", t("n", 300))
 class _(nn.Module):
     def __init__(self):
         super().__init__()
-        self.linear = nn.Linear(90, 80)
-        self.a = nn.Parameter(torch.randn(2, 90))
-        self.b = nn.Parameter(torch.randn(80, 2))
+        self.linear = nn.Linear(300, 320)
+        self.a = nn.Parameter(torch.randn(2, 300))
+        self.b = nn.Parameter(torch.randn(320, 2))
 
     def forward(self, x):
         return F.linear(x, self.linear.weight + 0.5 * self.b @ self.a, self.linear.bias)
 
 
-@program("frozen weight with a low-rank update", t("n", 200))
+@program("frozen weight with a low-rank update", t("n", 300))
 class _(nn.Module):
     def __init__(self):
         super().__init__()
-        self.w = nn.Parameter(torch.randn(180, 200), requires_grad=False)
-        self.a = nn.Parameter(torch.randn(2, 200))
-        self.b = nn.Parameter(torch.randn(180, 2))
+        self.w = nn.Parameter(torch.randn(320, 300), requires_grad=False)
+        self.a = nn.Parameter(torch.randn(2, 300))
+        self.b = nn.Parameter(torch.randn(320, 2))
 
     def forward(self, x):
         return x @ (self.w + self.b @ self.a).T
 
 
-@program("attention with factorized weights", t("n", 6, 80))
+@program("attention with factorized weights", t("n", 6, 160))
 class _(nn.Module):
     def __init__(self):
         super().__init__()
-        self.down = nn.Parameter(torch.randn(3, 80, 4) / 9)
-        self.up = nn.Parameter(torch.randn(3, 4, 80) / 2)
+        self.down = nn.Parameter(torch.randn(3, 160, 4) / 12)
+        self.up = nn.Parameter(torch.randn(3, 4, 160) / 2)
 
     def forward(self, x):
         q, k, v = (x @ (self.down[i] @ self.up[i]) for i in range(3))
@@ -925,16 +925,16 @@ def _(q, k, v):
     return q @ k.transpose(-1, -2) @ v
 
 
-@program("bilinear layer of a product", t("n", 60), t("n", 50))
+@program("bilinear layer of a product", t("n", 120), t("n", 50))
 class _(nn.Module):
     def __init__(self):
         super().__init__()
-        self.w = nn.Parameter(torch.randn(60, 60))
-        self.v = nn.Parameter(torch.randn(60, 60))
-        self.bilinear = nn.Bilinear(60, 50, 3)
+        self.w = nn.Parameter(torch.randn(120, 120))
+        self.v = nn.Parameter(torch.randn(120, 120))
+        self.bilinear = nn.Bilinear(120, 50, 3)
 
     def forward(self, x, y):
-        return self.bilinear(x @ (self.w @ self.v) / 60, y)
+        return self.bilinear(x @ (self.w @ self.v) / 120, y)
 
 
 @program("stack of linear layers", t("n", 100))

@@ -25,7 +25,7 @@ def tensor(*shape, dtype=torch.float64):
     return (rand(shape, dtype=torch.float64) + 0.5).to(dtype).requires_grad_(dtype.is_floating_point)
 
 
-X, W, UP, DOWN, BIAS = tensor(4, 100), tensor(120, 100), tensor(120, 2), tensor(2, 100), tensor(120)
+X, W, UP, DOWN, BIAS = tensor(4, 300), tensor(320, 300), tensor(320, 2), tensor(2, 300), tensor(320)
 ALL = X, W, UP, DOWN, BIAS
 
 
@@ -69,7 +69,7 @@ def test_the_calls_of_one():
         lambda x, w, b, a, bias: F.linear(x, w + 2 * (b @ a) / 5, bias),
         lambda x, w, b, a, bias: einsum("bi,oi->bo", x, w + einsum("or,ri->oi", b, a)),
         lambda x, w, b, a, bias: torch.addmm(bias, x, (w.T + a.T @ b.T)),
-        lambda x, w, b, a, bias: F.linear(x.expand(3, 4, 100), w + b @ a, bias),
+        lambda x, w, b, a, bias: F.linear(x.expand(3, 4, 300), w + b @ a, bias),
         lambda x, w, b, a, bias: x @ (w + b @ a + (b * 2) @ a.relu()).T,
     ],
 )
@@ -108,7 +108,7 @@ def test_a_gradient_of_the_term_only():
         lambda x, w, b, a, bias: F.linear(x, w + F.linear(b, a.T, a[0])),
         # Nothing is gained.
         lambda x, w, b, a, bias: F.linear(x, w) + x @ a.T @ b.T,
-        lambda x, w, b, a, bias: F.linear(x.repeat(400, 1), w + b @ a),
+        lambda x, w, b, a, bias: F.linear(x.repeat(2000, 1), w + b @ a),
     ],
 )
 def test_what_stays(program):
