@@ -1488,6 +1488,7 @@ def main() -> int:
     parser.add_argument("--count", type=int, default=1)
     parser.add_argument("--profile", default="everything", choices=sorted(PROFILES))
     parser.add_argument("--against", default="lazy_einsum", choices=("lazy_einsum", "opt_einsum_fx", "eager"))
+    parser.add_argument("--networks", action="store_true", default=None, help="join networks whether that pays or not")
     parser.add_argument("--whole", action="store_true", help="print programs that fail as they are, not shrunk")
     parser.add_argument("--stop", type=int, default=3, help="stop after this many failures (0: never)")
     options = parser.parse_args()
@@ -1500,7 +1501,7 @@ def main() -> int:
             print(f"{seed - options.seed + 1} programs, {len(failures)} failed", file=sys.stderr, flush=True)
         if options.count == 1:
             print(program.reproduction(0))
-        failure = check_against(options.against, program)
+        failure = check_against(options.against, program, options.networks)
         if failure is not None:
             failures.append(failure)
             if options.against == "lazy_einsum":
@@ -1523,8 +1524,8 @@ def optimized(program: Program) -> Callable[[nn.Module], Callable[..., Any]]:
     return partial(OptimizedModule, dynamic=True if program.seed % 6 == 1 else None)
 
 
-def check_against(library: str, program: Program) -> Failure | None:
-    """Check a program with a named library."""
+def check_against(library: str, program: Program, networks: bool | None = None) -> Failure | None:
+    """Check a program with a named library, in ``every_network`` or not (``None``: for half of the products profile)."""
     if library == "eager":
         return check(program, lambda module: module)
     if library == "opt_einsum_fx":
@@ -1540,7 +1541,9 @@ def check_against(library: str, program: Program) -> Failure | None:
             return call
 
         return check(program, wrap, values_only=True, calls=[FIRST])
-    with every_network() if program.profile == "products" and program.seed % 2 else nullcontext():
+    if networks is None:
+        networks = program.profile == "products" and program.seed % 2 == 1
+    with every_network() if networks else nullcontext():
         return check(program, optimized(program))
 
 
