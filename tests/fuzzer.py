@@ -1525,7 +1525,7 @@ def optimized(program: Program) -> Callable[[nn.Module], Callable[..., Any]]:
 
 
 def check_against(library: str, program: Program, networks: bool | None = None) -> Failure | None:
-    """Check a program with a named library, in ``every_network`` or not (``None``: for half of the products profile)."""
+    """Check a program with a named library, in ``every_network`` or not (``None``: half of profile products)."""
     if library == "eager":
         return check(program, lambda module: module)
     if library == "opt_einsum_fx":
