@@ -189,13 +189,6 @@ MUTANTS = [
         "pure",
     ),
     _one(
-        "batches of products are aligned from the left",
-        "products.py",
-        'first = batch[len(batch) - (left - 2) :] + "ik"',
-        'first = batch[: left - 2] + "ik"',
-        "products",
-    ),
-    _one(
         "the bias of a product that joins is dropped",
         "passes/join_products.py",
         "node.target, node.args = torch.add, (einsum, added)",
