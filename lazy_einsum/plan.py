@@ -290,7 +290,7 @@ def _contraction(
 
 def order_seconds(spec: EinsumSpec, shapes: Sequence[tuple[int, ...]], path: Path) -> float:
     """What the cost model expects of an order (steps as in ``Plan.ssa_path``) for operands of these shapes."""
-    if len(shapes) < 3:
+    if len(shapes) < 2:
         return 0.0
     sizes = spec.sizes(shapes)
     return Network.of(spec, shapes, sizes, False).seconds(path)

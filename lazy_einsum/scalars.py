@@ -20,6 +20,7 @@ from torch import fx
 
 from .errors import EquationError
 from .graph import EINSUM_TARGETS, facts, given, read_einsum, tensor_nodes, type_of
+from .products import spellings
 
 _EXACT_INTEGERS = frozenset({torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8})
 _HALF = frozenset({torch.float16, torch.complex32})
@@ -128,22 +129,14 @@ class Linear(NamedTuple):
     layout: str = "kept"
 
 
-def _spellings(*names: str) -> frozenset[Any]:
-    """All targets of calls with one of these names: of methods, of ``torch``, of ``torch.Tensor``."""
-    found: list[Any] = list(names)
-    for module in (torch, torch.Tensor):
-        found += [getattr(module, name) for name in names if hasattr(module, name)]
-    return frozenset(found)
-
-
-_MUL = _spellings("mul", "multiply", "__mul__", "__rmul__") | {operator.mul}
-_DIV = _spellings("div", "divide", "true_divide", "__truediv__", "__div__") | {operator.truediv}
-_REVERSED_DIV = _spellings("__rtruediv__", "__rdiv__")
-_NEG = _spellings("neg", "negative", "__neg__") | {operator.neg}
-_PRODUCTS = _spellings(
+_MUL = spellings("mul", "multiply", "__mul__", "__rmul__") | {operator.mul}
+_DIV = spellings("div", "divide", "true_divide", "__truediv__", "__div__") | {operator.truediv}
+_REVERSED_DIV = spellings("__rtruediv__", "__rdiv__")
+_NEG = spellings("neg", "negative", "__neg__") | {operator.neg}
+_PRODUCTS = spellings(
     "matmul", "__matmul__", "__rmatmul__", "mm", "bmm", "mv", "dot", "outer", "ger", "inner", "tensordot"
 ) | {operator.matmul, torch.functional.tensordot}
-_UNARY = _spellings(
+_UNARY = spellings(
     *(
         "permute",
         "transpose",
@@ -162,7 +155,7 @@ _UNARY = _spellings(
         "mean",
     )
 )
-_VIEW = _spellings("view")
+_VIEW = spellings("view")
 _LINEAR_ATTRIBUTES = frozenset({"T", "mT"})
 _CHANGES_TYPE = frozenset({"dtype", "out"})
 
@@ -258,6 +251,14 @@ def _read_product(node: fx.Node, among: Tensors) -> Linear | None:
     return Linear(ONE, ((left, 1), (right, 1)), layout="any")
 
 
+def _read_linear(node: fx.Node, among: Tensors) -> Linear | None:
+    arguments = dict(zip(("input", "weight", "bias"), node.args, strict=False)) | given(node.kwargs)
+    left, right = arguments.get("input"), arguments.get("weight")
+    if arguments.get("bias") is not None or not (isinstance(left, fx.Node) and isinstance(right, fx.Node)):
+        return None
+    return Linear(ONE, ((left, 1), (right, 1)), layout="any")
+
+
 def _read_unary(node: fx.Node, among: Tensors) -> Linear | None:
     if not node.args or not isinstance(node.args[0], fx.Node) or _CHANGES_TYPE & set(given(node.kwargs)):
         return None
@@ -284,6 +285,7 @@ _RULES: dict[Any, _Rule] = {
         (_NEG, _read_neg),
         (EINSUM_TARGETS, _read_einsum),
         (_PRODUCTS, _read_product),
+        ({torch.nn.functional.linear}, _read_linear),
         (_UNARY | _VIEW, _read_unary),
         ({builtins.getattr}, _read_attribute),
     )

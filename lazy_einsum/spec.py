@@ -133,6 +133,11 @@ class EinsumSpec:
         """Whether the result is a view of the operand: one operand, of which nothing is summed."""
         return len(self.inputs) == 1 and set(self.inputs[0]) == set(self.output)
 
+    @property
+    def is_permutation(self) -> bool:
+        """Whether the result is the one operand with its dimensions in some order."""
+        return self.is_view_only and len(self.inputs[0]) == len(self.output)
+
     def rename(self, change: Callable[[str], str]) -> EinsumSpec:
         """The same einsum with each label replaced by ``change(label)``, one character that is different for each.
 

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import itertools
 import random
 import re
@@ -15,11 +16,12 @@ import textwrap
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
@@ -123,7 +125,32 @@ PREDECESSOR = replace(
     statements=(3, 8),
 )
 
-PROFILES = {profile.name: profile for profile in (EVERYTHING, PURE, EFFECTS, KEYS, PREDECESSOR)}
+# Linear algebra under all its names, einsums and writes among it. In half of these programs every network of products
+# is joined, as sizes here are too small for it to pay.
+PRODUCTS = replace(
+    EVERYTHING,
+    name="products",
+    weights={
+        "chain": 6,
+        "product": 5,
+        "matmul": 3,
+        "einsum": 3,
+        "scalar": 3,
+        "sum": 2,
+        "binary": 1,
+        "turn": 3,
+        "view": 1,
+        "in_place": 1,
+        "indexed_write": 0.3,
+        "write_later": 0.4,
+        "region": 0.8,
+        "split": 0.3,
+        "introspect": 0.3,
+    },
+    all_forms=False,
+)
+
+PROFILES = {profile.name: profile for profile in (EVERYTHING, PURE, EFFECTS, KEYS, PREDECESSOR, PRODUCTS)}
 
 
 @dataclass(frozen=True)
@@ -640,6 +667,115 @@ class Generator:
             forms.append(f"torch.bmm({a.name}, {text})")
         self._keep(rng.choice(forms), result)
 
+    def _product(self) -> None:
+        """Products that ``_matmul`` does not make."""
+        rng = self.random
+        kind = rng.choice(("baddbmm", "addmv", "inner", "vecdot", "bilinear", "linear", "multi_dot", "chain_matmul"))
+        if kind == "inner":
+            a = self._pick(lambda v: v.rank >= 1)
+            b = self._pick(lambda v: v.rank >= 1 and v.dims[-1] == a.dims[-1] and v.dtype == a.dtype)
+            self._keep(f"torch.inner({a.name}, {b.name})", (*a.dims[:-1], *b.dims[:-1]))
+        elif kind == "vecdot":
+            a = self._pick(lambda v: v.rank >= 1)
+            b = self._pick(lambda v: v.rank >= 1 and v.dims[-1] == a.dims[-1] and v.dtype == a.dtype)
+            self._keep(f"torch.linalg.vecdot({a.name}, {b.name})", _broadcast(a.dims[:-1], b.dims[:-1]))
+        elif kind == "baddbmm":
+            a = self._pick(lambda v: v.rank == 3)
+            b = self._pick(lambda v: v.rank == 3 and v.dims[:2] == (a.dims[0], a.dims[2]) and v.dtype == a.dtype)
+            dims = (a.dims[0], a.dims[1], b.dims[2])
+            c = self._pick(lambda v: v.dims in (dims, dims[1:], dims[2:], ()) and v.dtype == a.dtype)
+            scale = rng.choice(("", "", ", beta=1, alpha=1", ", alpha=2", ", beta=0"))
+            self._keep(f"torch.baddbmm({c.name}, {a.name}, {b.name}{scale})", dims)
+        elif kind == "addmv":
+            a = self._pick(lambda v: v.rank == 2)
+            b = self._pick(lambda v: v.dims == a.dims[1:] and v.dtype == a.dtype)
+            c = self._pick(lambda v: v.dims in (a.dims[:1], ()) and v.dtype == a.dtype)
+            self._keep(f"{c.name}.addmv({a.name}, {b.name}{rng.choice(('', ', alpha=2'))})", a.dims[:1])
+        elif kind == "bilinear":
+            a = self._pick(lambda v: v.rank >= 1)
+            b = self._pick(lambda v: v.rank >= 1 and v.dims[:-1] == a.dims[:-1] and v.dtype == a.dtype)
+            w = self._pick(lambda v: v.rank == 3 and v.dims[1:] == (a.dims[-1], b.dims[-1]) and v.dtype == a.dtype)
+            bias = [v for v in self.values if v.dims == w.dims[:1] and v.dtype == a.dtype]
+            extra = f", {rng.choice(bias).name}" if bias and rng.random() < 0.5 else ""
+            self._keep(f"torch.nn.functional.bilinear({a.name}, {b.name}, {w.name}{extra})", (*a.dims[:-1], w.dims[0]))
+        elif kind == "linear":
+            a = self._pick(lambda v: v.rank >= 1)
+            b = self._pick(lambda v: v.dims == a.dims[-1:] and v.dtype == a.dtype)
+            self._keep(f"torch.nn.functional.linear(weight={b.name}, input={a.name})", a.dims[:-1])
+        else:
+            first = (1, 2) if kind == "multi_dot" else (2,)
+            a = self._pick(lambda v: v.rank in first)
+            chain, last = [a.name], a
+            for _ in range(rng.choice((1, 2, 2, 3))):
+                last = self._pick(partial(_continues, a.dtype, last.dims[-1:]))
+                chain.append(last.name)
+            listed = ", ".join(chain)
+            call = f"torch.linalg.multi_dot([{listed}])" if kind == "multi_dot" else f"torch.chain_matmul({listed})"
+            self._keep(call, (*a.dims[:-1], last.dims[1]))
+
+    def _chain(self) -> None:
+        """Several products in one statement, some of them turned."""
+        rng = self.random
+        a = self._pick(lambda v: v.rank >= 2)
+        text, dims = a.name, a.dims
+        for _ in range(rng.choice((2, 2, 3, 4))):
+            if len(dims) < 2:
+                break
+            if rng.random() < 0.2:
+                text, dims = f"({text}).mT", (*dims[:-2], dims[-1], dims[-2])
+            b = self._pick(partial(_multiplies, a.dtype, dims), recent=0.1)
+            other, shape = b.name, b.dims
+            if b.rank > 1 and (shape[-2] != dims[-1] or (shape[-1] == dims[-1] and rng.random() < 0.5)):
+                if b.rank == 2 and rng.random() < 0.4:
+                    text, dims = f"torch.nn.functional.linear({text}, {other})", (*dims[:-1], shape[0])
+                    continue
+                other, shape = f"{other}.transpose(-2, -1)", (*shape[:-2], shape[-1], shape[-2])
+            text = rng.choice((f"({text}) @ {other}", f"({text}).matmul({other})", f"torch.matmul({text}, {other})"))
+            batch = _broadcast(dims[:-2], shape[:-2])
+            dims = (*batch, dims[-2], *shape[-1:]) if len(shape) > 1 else dims[:-1]
+        self._keep(text, dims)
+
+    def _turn(self) -> None:
+        """A permutation of dimensions."""
+        rng = self.random
+        a = self._pick(lambda v: v.rank >= 2)
+        order = list(range(a.rank))
+        one, two = rng.sample(order, 2)
+        turned = [*order]
+        turned[one], turned[two] = two, one
+        moved = [dim for dim in order if dim != one]
+        moved.insert(two, one)
+        shuffled = rng.sample(order, len(order))
+        forms = [
+            (f"{a.name}.transpose({one}, {two - a.rank})", turned),
+            (f"torch.swapaxes({a.name}, {one}, {two})", turned),
+            (f"{a.name}.movedim({one}, {two})", moved),
+            (f"torch.moveaxis({a.name}, ({one},), ({two},))", moved),
+            (f"{a.name}.permute({', '.join(map(str, shuffled))})", shuffled),
+            (f"torch.permute({a.name}, {tuple(shuffled)})", shuffled),
+        ]
+        if a.rank == 2:
+            forms += [(f"{a.name}.T", [1, 0]), (f"{a.name}.t()", [1, 0])]
+        text, places = rng.choice(forms)
+        self._keep(text, tuple(a.dims[place] for place in places))
+
+    def _sum(self) -> None:
+        """A weight with something added, as low-rank updates have it."""
+        rng = self.random
+        a = self._pick(lambda v: v.rank >= 1)
+        b = self._pick(lambda v: v.dims == a.dims and v.dtype == a.dtype)
+        number = self._number(a.dtype)
+        text = rng.choice(
+            (
+                f"{a.name} + {b.name}",
+                f"{a.name} + {number} * {b.name}",
+                f"{a.name} - {b.name}",
+                f"torch.add({a.name}, {b.name}, alpha=2)",
+                f"{b.name} * {number} + {a.name}",
+            )
+        )
+        self._keep(text, a.dims)
+
     # scalars ----------------------------------------------------------------------------------------------------------
 
     def _number(self, dtype: torch.dtype) -> str:
@@ -1022,6 +1158,21 @@ def _broadcasts(a: tuple[str, ...], b: tuple[str, ...]) -> bool:
     return all(x == y or "1" in (x, y) for x, y in zip(reversed(a), reversed(b)))
 
 
+def _continues(dtype: torch.dtype, dims: tuple[str, ...], value: Value) -> bool:
+    """Whether ``value`` is a matrix whose first dimension is ``dims``."""
+    return value.dtype == dtype and value.rank == 2 and value.dims[:1] == dims
+
+
+def _multiplies(dtype: torch.dtype, dims: tuple[str, ...], value: Value) -> bool:
+    """Whether something with ``dims`` can be multiplied by ``value``, or by that with its last dimensions exchanged."""
+    return (
+        value.dtype == dtype
+        and 1 <= value.rank <= 3
+        and dims[-1] in value.dims[-2:]
+        and value.rank + len(dims) < LARGEST_RANK + 2
+    )
+
+
 def _broadcast(a: tuple[str, ...], b: tuple[str, ...]) -> tuple[str, ...]:
     if not _broadcasts(a, b):
         raise Rejected
@@ -1337,6 +1488,7 @@ def main() -> int:
     parser.add_argument("--count", type=int, default=1)
     parser.add_argument("--profile", default="everything", choices=sorted(PROFILES))
     parser.add_argument("--against", default="lazy_einsum", choices=("lazy_einsum", "opt_einsum_fx", "eager"))
+    parser.add_argument("--networks", action="store_true", default=None, help="join networks whether that pays or not")
     parser.add_argument("--whole", action="store_true", help="print programs that fail as they are, not shrunk")
     parser.add_argument("--stop", type=int, default=3, help="stop after this many failures (0: never)")
     options = parser.parse_args()
@@ -1349,7 +1501,7 @@ def main() -> int:
             print(f"{seed - options.seed + 1} programs, {len(failures)} failed", file=sys.stderr, flush=True)
         if options.count == 1:
             print(program.reproduction(0))
-        failure = check_against(options.against, program)
+        failure = check_against(options.against, program, options.networks)
         if failure is not None:
             failures.append(failure)
             if options.against == "lazy_einsum":
@@ -1372,8 +1524,8 @@ def optimized(program: Program) -> Callable[[nn.Module], Callable[..., Any]]:
     return partial(OptimizedModule, dynamic=True if program.seed % 6 == 1 else None)
 
 
-def check_against(library: str, program: Program) -> Failure | None:
-    """Check a program with a named library."""
+def check_against(library: str, program: Program, networks: bool | None = None) -> Failure | None:
+    """Check a program with a named library, in ``every_network`` or not (``None``: half of profile products)."""
     if library == "eager":
         return check(program, lambda module: module)
     if library == "opt_einsum_fx":
@@ -1389,7 +1541,22 @@ def check_against(library: str, program: Program) -> Failure | None:
             return call
 
         return check(program, wrap, values_only=True, calls=[FIRST])
-    return check(program, optimized(program))
+    if networks is None:
+        networks = program.profile == "products" and program.seed % 2 == 1
+    with every_network() if networks else nullcontext():
+        return check(program, optimized(program))
+
+
+@contextmanager
+def every_network() -> Iterator[None]:
+    """Products join others, and multiply the terms of sums, whether that pays or not."""
+    with ExitStack() as stack:
+        for name in ("join_products", "distribute"):
+            # Of the package, the name is that of the function.
+            module = importlib.import_module(f"lazy_einsum.passes.{name}")
+            for constant in ("_GAIN", "_SECONDS"):
+                stack.enter_context(patch.object(module, constant, -float("inf")))
+        yield
 
 
 if __name__ == "__main__":

@@ -871,6 +871,84 @@ class _(nn.Module):
         return F.linear(x, self.w + delta)
 
 
+# -- linear algebra in sizes for which another order of products pays --------------------------------------------------
+
+
+@program("chain of matrices", t("n", 90), t(90, 90), t(90, 90), t(90, "n"), second=False)
+def _(x, a, b, y):
+    return 0.01 * (a @ b @ y), x @ (a @ b).T * 0.01
+
+
+@program("matrices times a vector", t(90, 90), t(90, 90), t(90), second=False)
+def _(a, b, x):
+    return (a @ b) @ x / 90
+
+
+@program("low-rank update of a weight", t("n", 300))
+class _(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(300, 320)
+        self.a = nn.Parameter(torch.randn(2, 300))
+        self.b = nn.Parameter(torch.randn(320, 2))
+
+    def forward(self, x):
+        return F.linear(x, self.linear.weight + 0.5 * self.b @ self.a, self.linear.bias)
+
+
+@program("frozen weight with a low-rank update", t("n", 300))
+class _(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.w = nn.Parameter(torch.randn(320, 300), requires_grad=False)
+        self.a = nn.Parameter(torch.randn(2, 300))
+        self.b = nn.Parameter(torch.randn(320, 2))
+
+    def forward(self, x):
+        return x @ (self.w + self.b @ self.a).T
+
+
+@program("attention with factorized weights", t("n", 6, 160))
+class _(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.down = nn.Parameter(torch.randn(3, 160, 4) / 12)
+        self.up = nn.Parameter(torch.randn(3, 4, 160) / 2)
+
+    def forward(self, x):
+        q, k, v = (x @ (self.down[i] @ self.up[i]) for i in range(3))
+        return torch.softmax(q @ k.mT / 9, dim=-1) @ v
+
+
+@program("attention without a softmax", t("n", 200, 4), t("n", 200, 4), t("n", 200, 4), second=False)
+def _(q, k, v):
+    return q @ k.transpose(-1, -2) @ v
+
+
+@program("bilinear layer of a product", t("n", 120), t("n", 50))
+class _(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.w = nn.Parameter(torch.randn(120, 120))
+        self.v = nn.Parameter(torch.randn(120, 120))
+        self.bilinear = nn.Bilinear(120, 50, 3)
+
+    def forward(self, x, y):
+        return self.bilinear(x @ (self.w @ self.v) / 120, y)
+
+
+@program("stack of linear layers", t("n", 100))
+class _(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Linear(100, 120, bias=False), nn.Linear(120, 110, bias=False), nn.Linear(110, 3, bias=True)
+        )
+
+    def forward(self, x):
+        return self.layers(x.repeat(300, 1))
+
+
 @program("attention by einsum", t("n", 7, 8))
 class _(nn.Module):
     def __init__(self):

@@ -9,8 +9,10 @@ from torch import fx
 
 from .canonicalize import canonicalize
 from .choose_paths import choose_paths
+from .distribute import distribute
 from .fuse_einsums import fuse_einsums
 from .fuse_scalars import fuse_scalars
+from .join_products import join_products
 from .lower import lower
 from .place_scalars import place_scalars
 
@@ -39,6 +41,11 @@ class Options:
 PASSES: tuple[tuple[str, Callable[[Options], Pass]], ...] = (
     ("canonicalize", lambda options: canonicalize()),
     ("fuse_scalars", lambda options: fuse_scalars(options.reassociate)),
+    ("distribute", lambda options: distribute(options.optimize, options.memory_limit, options.reassociate)),
+    (
+        "join_products",
+        lambda options: join_products(options.optimize, options.memory_limit, options.reassociate),
+    ),
     ("fuse_einsums", lambda options: fuse_einsums(options.reassociate)),
     (
         "choose_paths",

@@ -44,6 +44,8 @@ def test_one_number_is_left_at_the_end():
         (lambda x, y: (2.0 * x) @ y / 4, 0.5),
         (lambda x, y: torch.mm(x * 8, y.mul(0.25)), 2.0),
         (lambda x, y: torch.tensordot(x / 4, y, 1) * 2, 0.5),
+        (lambda x, y: torch.nn.functional.linear(x / 4, y.T) * 2, 0.5),
+        (lambda x, y: torch.nn.functional.linear(input=x / 4, weight=y.T * 2, bias=None), 0.5),
         (lambda x, y: (2.0 * x).t().T.permute(1, 0).sum(0) * 3, 6.0),
         (lambda x, y: torch.div(torch.mul(x, 6), 2), 3.0),
         (lambda x, y: x.multiply(6).true_divide(4), 1.5),

@@ -1,0 +1,155 @@
+"""Networks: what an einsum or a product becomes when those that it alone uses are inlined into it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+from torch import fx
+
+from .graph import MAX_LABELS, Writers, is_einsum, same_mode, type_of, uses
+from .plan import make_plan, order_seconds
+from .products import Product, is_permutation, read_product
+from .spec import EinsumSpec
+
+Read = tuple[EinsumSpec, tuple[fx.Node, ...]]
+"""An einsum and its operands."""
+
+# Narrower integers (and bool) are summed into int64 by some calls of torch.einsum and not by others, so that two calls
+# in one may differ in dtype from one after the other.
+_DTYPES = frozenset({torch.float64, torch.float32, torch.bfloat16, torch.complex64, torch.complex128, torch.int64})
+_HALF = frozenset({torch.float16, torch.complex32})
+
+
+def inline_operands(
+    node: fx.Node,
+    spec: EinsumSpec,
+    operands: tuple[fx.Node, ...],
+    read: Mapping[fx.Node, Read],
+    writers: Writers,
+    reassociate: bool | None,
+) -> tuple[EinsumSpec, tuple[fx.Node, ...], dict[fx.Node, int]]:
+    """The einsum ``node`` with all operands inlined that may be, and what was inlined, in turn: at which position.
+
+    Args:
+        node: the einsum, or a call that is one under another name.
+        spec: what it computes.
+        operands: of what.
+        read: the same for the nodes before it, as they are once their operands are inlined; no other is inlined.
+        writers: what writes in the graph.
+        reassociate: True inlines in float16 as well.
+    """
+    consumed: dict[fx.Node, int] = {}
+    # From the last operand to the first, so that positions to the left stay valid.
+    for position in reversed(range(len(operands))):
+        operand = operands[position]
+        if operand not in read or uses(operand) != 1:
+            continue
+        inner, inner_operands = read[operand]
+        if not _may_fuse(operand, inner_operands, node, writers, reassociate):
+            continue
+        fused = spec.inline(position, inner)
+        if fused.n_labels > MAX_LABELS or _merges_broadcasts(spec.inputs[position], inner):
+            continue
+        spec, operands = fused, (*operands[:position], *inner_operands, *operands[position + 1 :])
+        consumed[operand] = position
+    return spec, operands, consumed
+
+
+def _may_fuse(
+    inner: fx.Node, reads: Sequence[fx.Node], outer: fx.Node, writers: Writers, reassociate: bool | None
+) -> bool:
+    dtypes = {known.dtype for node in (*reads, inner, *outer.all_input_nodes, outer) if (known := type_of(node))}
+    allowed = _DTYPES | _HALF if reassociate else _DTYPES
+    return len(dtypes) <= 1 and dtypes <= allowed and same_mode(inner, outer) and writers.allow(reads, inner, outer)
+
+
+def _merges_broadcasts(term: str, inner: EinsumSpec) -> bool:
+    """Whether the outer einsum takes a diagonal of dimensions that one inner operand has and another may broadcast.
+
+    (It takes one where ``term`` repeats a label.)
+    ``einsum("ii->i", einsum("ij,ij->ij", x, y))`` with x of shape (3, 1) must not become ``einsum("ii,ii->i", x, y)``,
+    as there is no diagonal of x.
+    """
+    for label in dict.fromkeys(term):
+        merged = {name for name, place in zip(inner.output, term, strict=True) if place == label}
+        if len(merged) == 1:
+            continue
+        holders = [labels for labels in inner.inputs if merged & set(labels)]
+        if len(holders) > 1 and any(len(merged & set(labels)) > 1 for labels in holders):
+            return True
+    return False
+
+
+class Networks:
+    """The networks of a graph: products under any name, permutations and einsums that feed each other.
+
+    Attributes:
+        own: what each of these calls computes.
+        whole: the same with all inlined that may be.
+        parts: the calls that this replaces, users before what they use.
+        inlined: the calls that are part of another's network.
+        writers: what writes in the graph.
+    """
+
+    def __init__(self, graph: fx.Graph, optimize: object, reassociate: bool | None) -> None:
+        """Read them.
+
+        Args:
+            graph: with exact facts.
+            optimize: the search that will choose orders, see ``make_plan``.
+            reassociate: True takes float16 and bfloat16 as well.
+        """
+        self.optimize = optimize
+        self.reassociate = reassociate
+        self.writers = Writers(graph)
+        self.own: dict[fx.Node, Product] = {}
+        self.whole: dict[fx.Node, Read] = {}
+        self.parts: dict[fx.Node, list[fx.Node]] = {}
+        self.inlined: set[fx.Node] = set()
+        usable: dict[fx.Node, Read] = {}
+        for node in graph.nodes:
+            product = None if self.writers.hold(node) else read_product(node, reassociate)
+            if product is None:
+                continue
+            spec, operands, taken = inline_operands(
+                node, product.spec, product.operands, usable, self.writers, reassociate
+            )
+            self.own[node], self.whole[node] = product, (spec, operands)
+            self.parts[node] = [node, *(part for inner in taken for part in self.parts[inner])]
+            self.inlined.update(taken)
+            if product.added is None:
+                usable[node] = spec, operands
+
+    def roots(self) -> Iterator[fx.Node]:
+        """The calls whose values others than their network see."""
+        for node in self.own:
+            if node in self.inlined:
+                continue
+            # A permutation at the end stays a view of what it permutes.
+            while is_permutation(node) and self.own[node].operands[0] in self.inlined:
+                (node,) = self.own[node].operands
+            if not is_permutation(node):
+                yield node
+
+    def seconds(self, root: fx.Node) -> float:
+        """What the cost model expects of the network as it is written, were only the einsums in it fused."""
+        einsums: dict[fx.Node, Read] = {}
+        total = 0.0
+        for part in reversed(self.parts[root]):
+            spec, operands, _ = self.own[part]
+            if is_einsum(part):
+                spec, operands, taken = inline_operands(part, spec, operands, einsums, self.writers, self.reassociate)
+                for inner in taken:
+                    del einsums[inner]
+                einsums[part] = spec, operands
+            else:
+                total += self.plan_seconds(spec, operands)
+        return total + sum(self.plan_seconds(*einsum) for einsum in einsums.values())
+
+    def plan_seconds(self, spec: EinsumSpec, operands: Sequence[fx.Node]) -> float:
+        """What the cost model expects of one einsum of operands of known types."""
+        shapes = [known.shape for operand in operands if (known := type_of(operand))]
+        if len(shapes) < 3:
+            return order_seconds(spec, shapes, ((0, 1),))
+        return make_plan(spec.canonical(), shapes, self.optimize).seconds
