@@ -5,12 +5,24 @@ from __future__ import annotations
 import pytest
 import torch
 from behaviour import Rounding, value_difference
-from fuzzer import EFFECTS, EVERYTHING, KEYS, PREDECESSOR, PROFILES, PURE, Profile, check_against, generate
+from fuzzer import (
+    EFFECTS,
+    EVERYTHING,
+    KEYS,
+    PREDECESSOR,
+    PRODUCTS,
+    PROFILES,
+    PURE,
+    Profile,
+    check_against,
+    generate,
+)
 
 #: (profile, number of programs, first seed, programs in a chunk): chunks spread over processes.
 _QUICK = [(EVERYTHING, 400, 0, 50), (PURE, 300, 0, 50), (EFFECTS, 200, 0, 50), (KEYS, 100, 0, 50)]
+_QUICK += [(PRODUCTS, 100, 0, 50)]
 _LONG = [(EVERYTHING, 5000, 10_000, 250), (PURE, 2000, 10_000, 250), (EFFECTS, 2000, 10_000, 250)]
-_LONG += [(KEYS, 1000, 10_000, 250)]
+_LONG += [(KEYS, 1000, 10_000, 250), (PRODUCTS, 1000, 10_000, 250)]
 
 
 def _chunks(table: list[tuple[Profile, int, int, int]]) -> list[tuple[Profile, int, int]]:
