@@ -196,13 +196,6 @@ MUTANTS = [
         "products",
     ),
     _one(
-        "a product with a bias is inlined without it",
-        "networks.py",
-        "if product.added is None:",
-        "if True:",
-        "products",
-    ),
-    _one(
         "a term that is subtracted is added",
         "passes/distribute.py",
         "yield left, right, alpha.times(Factor(-ONE.value, int))",
