@@ -203,13 +203,6 @@ MUTANTS = [
         "products",
     ),
     _one(
-        "a sum is distributed past writes",
-        "passes/distribute.py",
-        "return writers.allow((*leaves, found.rest), min(moved), product)",
-        "return True",
-        "products",
-    ),
-    _one(
         "a sum with other users is distributed",
         "passes/distribute.py",
         "if any(uses(node) != 1 for node in (*found.between, *found.scalings, term)):",
@@ -221,13 +214,6 @@ MUTANTS = [
         "networks.py",
         "same_mode(inner, outer) and writers.allow(reads, inner, outer)",
         "True",
-        "products",
-    ),
-    _one(
-        "movedim takes the other way",
-        "products.py",
-        "moved = dict(zip(destinations, sources, strict=True))",
-        "moved = dict(zip(sources, destinations, strict=True))",
         "products",
     ),
     _one("a key without shapes", "ambient.py", _CHECK, _check_without("shape"), "keys"),
