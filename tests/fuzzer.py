@@ -724,16 +724,48 @@ class Generator:
             if rng.random() < 0.2:
                 text, dims = f"({text}).mT", (*dims[:-2], dims[-1], dims[-2])
             b = self._pick(partial(_multiplies, a.dtype, dims), recent=0.1)
-            other, shape = b.name, b.dims
+            other, shape = self._updated(b), b.dims
             if b.rank > 1 and (shape[-2] != dims[-1] or (shape[-1] == dims[-1] and rng.random() < 0.5)):
                 if b.rank == 2 and rng.random() < 0.4:
-                    text, dims = f"torch.nn.functional.linear({text}, {other})", (*dims[:-1], shape[0])
+                    bias = self._row(a.dtype, shape[0])
+                    text = f"torch.nn.functional.linear({text}, {self._updated(b)}{bias and f', {bias}'})"
+                    dims = (*dims[:-1], shape[0])
                     continue
                 other, shape = f"{other}.transpose(-2, -1)", (*shape[:-2], shape[-1], shape[-2])
             text = rng.choice((f"({text}) @ {other}", f"({text}).matmul({other})", f"torch.matmul({text}, {other})"))
             batch = _broadcast(dims[:-2], shape[:-2])
             dims = (*batch, dims[-2], *shape[-1:]) if len(shape) > 1 else dims[:-1]
         self._keep(text, dims)
+
+    def _row(self, dtype: torch.dtype, size: str) -> str:
+        """A vector of this size, or nothing."""
+        found = [v.name for v in self.values if v.dtype == dtype and v.dims == (size,)]
+        found += [f"{v.name}[0]" for v in self.values if v.dtype == dtype and v.rank == 2 and v.dims[1] == size]
+        return self.random.choice(found) if found and self.random.random() < 0.5 else ""
+
+    def _updated(self, weight: Value) -> str:
+        """A tensor, or its sum with a product."""
+        rng = self.random
+        if weight.rank != 2 or rng.random() < 0.5:
+            return weight.name
+        matrices = [v for v in self.values if v.dtype == weight.dtype and v.rank == 2]
+        pairs = [
+            f"({one.name} @ {two.name})"
+            for one in matrices
+            for two in matrices
+            if one.dims[1] == two.dims[0] and (one.dims[0], two.dims[1]) == weight.dims
+        ]
+        pairs += [f"({one.name} @ {one.name}.mT @ {weight.name})" for one in matrices if one.dims[0] == weight.dims[0]]
+        if not pairs:
+            return weight.name
+        product = rng.choice(pairs)
+        forms = (
+            f"({weight.name} + {product})",
+            f"({weight.name} - {product})",
+            f"({product} * 2 + {weight.name})",
+            f"torch.add({weight.name}, {product}, alpha=3)",
+        )
+        return rng.choice(forms)
 
     def _turn(self) -> None:
         """A permutation of dimensions."""
