@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
@@ -143,6 +144,14 @@ class Dispatcher:
                 return self._with_hooks(call)
         return self._look_up(call, shapes)
 
+    def call_forward(self, child: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Call the ``forward`` of ``child`` through its specialization; torch runs the child's hooks around it."""
+        call, last = Call(child, args, kwargs, hooked=True), self.last
+        values = call.fits(last) if last is not None else None
+        if last is not None and values is not None:
+            return self._run(last, values, call)
+        return call.run_child() if ambient_module.bypass() is not None else self._look_up(call)
+
     def _run(self, entry: Specialization, values: tuple[Any, ...], call: Call) -> Any:
         count = entry.add_hit()
         if entry.is_generic and count % _SAMPLE == _SAMPLE - 1:
@@ -180,7 +189,8 @@ class Dispatcher:
         if found is not None:
             self._use(found[0], shapes)
             return self._run(*found, call)
-        if isinstance(call.child, nn.Module) and any(map(is_lazy, _tensors_of(call.child))):
+        tensors = chain(call.child.parameters(), call.child.buffers()) if isinstance(call.child, nn.Module) else ()
+        if any(map(is_lazy, tensors)):
             return call.run_child()  # this call gives parameters their shapes; the next is the first to be looked at
         # A checkpoint counts what a call saves: the module itself may not run beside.
         verifies = self.settings.verify and ambient_module.saved_tensor_hooks() is None
@@ -457,11 +467,6 @@ class Dispatcher:
         return stand_in
 
 
-def _tensors_of(module: nn.Module) -> Iterator[torch.Tensor]:
-    yield from module.parameters()
-    yield from module.buffers()
-
-
 def _as_for(signature: Signature, other: Signature) -> Signature:
     """``other``; of generic code, with the arguments of ``signature`` where these are a case of its own."""
     if other.arguments.symbols and values_of(other.arguments, signature.arguments) is not None:
@@ -472,17 +477,17 @@ def _as_for(signature: Signature, other: Signature) -> Signature:
 def _stand_in_class(kind: type[nn.Module], runs_hooks: bool) -> type[nn.Module]:
     def forward(stand_in: Any, *args: Any, **kwargs: Any) -> Any:
         dispatcher, child = stand_in._lazy_einsum
-        call, last = Call(child, args, kwargs, hooked=True), dispatcher.last
-        values = call.fits(last) if last is not None else None
-        if values is not None:
-            return dispatcher._run(last, values, call)
-        return call.run_child() if ambient_module.bypass() is not None else dispatcher._look_up(call)
+        return dispatcher.call_forward(child, args, kwargs)
 
     def set_class(stand_in: Any, value: type) -> None:
         stand_in._lazy_einsum[1].__class__ = value
 
     def reduce(stand_in: Any, protocol: Any) -> Any:
         return stand_in._lazy_einsum[1].__reduce_ex__(protocol)  # copies and pickles are of the child itself
+
+    def equals(stand_in: Any, other: Any) -> bool:
+        _, child = getattr(other, "_lazy_einsum", (None, other))
+        return bool(stand_in._lazy_einsum[1] == child)
 
     def call(stand_in: Any, *args: Any, **kwargs: Any) -> Any:
         dispatcher, child = stand_in._lazy_einsum
@@ -493,6 +498,8 @@ def _stand_in_class(kind: type[nn.Module], runs_hooks: bool) -> type[nn.Module]:
         "__slots__": ("_lazy_einsum",),
         "forward": forward,
         "__reduce_ex__": reduce,
+        "__eq__": equals,  # methods may look themselves up where the child was put
+        "__hash__": lambda stand_in: hash(stand_in._lazy_einsum[1]),
         "__class__": property(lambda stand_in: type(stand_in._lazy_einsum[1]), set_class),  # parametrizations set it
         "__module__": kind.__module__,
         "__qualname__": kind.__qualname__,

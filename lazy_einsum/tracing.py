@@ -111,8 +111,6 @@ def _trace(
         if failure is not None:
             raise failure from None
         side_effect = recorder.shadows.side_effect() if isinstance(error, (TypeError, KeyError)) else None
-        if side_effect is None and isinstance(error, (TypeError, KeyError)) and "assign" in str(error):
-            side_effect = f"forward sets an attribute ({error})"
         reason = side_effect or _reason(error)
         place = line_of(error)
         raise UntraceableError(f"{reason} at {place}" if place else reason) from error

@@ -657,6 +657,9 @@ class Generating(Layer):
     def rename(self) -> nn.Module:
         return self
 
+    def look_up(self, table: Any) -> Any:
+        return table[self], self in table, self == self.rename(), len({self, *table})
+
     def normalize(self) -> None:
         nn.utils.parametrizations.weight_norm(self, "w")
 
@@ -677,6 +680,8 @@ def test_methods_that_call_the_module_are_optimized() -> None:
     child.register_forward_hook(lambda module, args, output: calls.append(type(module).__name__))
     torch.testing.assert_close(wrapped.generate(x, 2), child.generate(x, 2))
     assert calls == ["Deeper"] * 4
+    for table in ({child: 3}, weakref.WeakKeyDictionary({child: 3})):
+        assert wrapped.look_up(table) == child.look_up(table) == (3, True, True, 1)
     copied = copy.deepcopy(wrapped.rename())
     assert type(copied) is Deeper and copied is not child
     assert type(pickle.loads(pickle.dumps(wrapped.rename().inner))) is nn.Linear
