@@ -7,8 +7,9 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import fx
 
+from .errors import MemoryLimitError
 from .graph import MAX_LABELS, Writers, is_einsum, same_mode, type_of, uses
-from .plan import make_plan, order_seconds
+from .plan import Plan, make_plan, order_seconds
 from .products import Product, is_permutation, read_product
 from .spec import EinsumSpec
 
@@ -81,6 +82,17 @@ def _merges_broadcasts(term: str, inner: EinsumSpec) -> bool:
     return False
 
 
+def pays(after: float, before: float, least: float) -> bool:
+    """Whether calls are to be rewritten that take ``before`` by the cost model, and then ``after``: only where that is
+    clearly less, by so many seconds at ``least``. The model knows sizes alone, and not the views that direct calls
+    need; what is left as it was written runs as it did.
+    """
+    return after < before * (1 - _GAIN) and after < before - least
+
+
+_GAIN = 0.2
+
+
 class Networks:
     """The networks of a graph: products under any name, permutations and einsums that feed each other.
 
@@ -146,6 +158,19 @@ class Networks:
             else:
                 total += self.plan_seconds(spec, operands)
         return total + sum(self.plan_seconds(*einsum) for einsum in einsums.values())
+
+    def plan(self, spec: EinsumSpec, operands: Sequence[fx.Node], memory_limit: int | None) -> Plan | None:
+        """The best order of an einsum; ``None`` where an operand is of unknown type, or no order keeps the limit of
+        bytes.
+        """
+        types = [known for operand in operands if (known := type_of(operand))]
+        if len(types) < len(operands):
+            return None
+        limit = None if memory_limit is None else memory_limit // types[0].dtype.itemsize
+        try:
+            return make_plan(spec.canonical(), [known.shape for known in types], self.optimize, limit)
+        except MemoryLimitError:
+            return None
 
     def plan_seconds(self, spec: EinsumSpec, operands: Sequence[fx.Node]) -> float:
         """What the cost model expects of one einsum of operands of known types."""

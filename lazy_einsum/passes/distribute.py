@@ -12,7 +12,6 @@ import torch
 from torch import fx
 
 from ..cost import ITEM, walk_seconds
-from ..errors import MemoryLimitError
 from ..graph import (
     MAX_LABELS,
     copy_graph,
@@ -26,16 +25,14 @@ from ..graph import (
     uses,
     write_einsum,
 )
-from ..networks import Networks
-from ..plan import make_plan
+from ..networks import Networks, pays
 from ..products import may_reorder, spellings
 from ..scalars import ONE, Factor, Tensors, read_linear, tensors
 from ..signature import TensorType
 from ..spec import EinsumSpec, symbol
 
-# As in ``join_products``: so much is clearly less to a model that knows sizes alone. There are more calls than before.
-_GAIN = 0.2
-_SECONDS = 10e-6
+# More than for ``join_products``, as there are more calls than before.
+_LEAST = 10e-6
 
 _ADD = spellings("add", "__add__") | {operator.add}
 _SUB = spellings("sub", "subtract", "__sub__") | {operator.sub}
@@ -190,18 +187,12 @@ def _is_free(networks: Networks, found: _Term) -> bool:
 
 def _gains(networks: Networks, found: _Term, memory_limit: int | None) -> bool:
     spec, operands = found.whole(networks)
-    types = [known for operand in operands if (known := type_of(operand))]
     total, result = type_of(found.between[-1]), type_of(found.product)
-    if len(types) < len(operands) or total is None or result is None or spec.n_labels > MAX_LABELS:
-        return False
-    limit = None if memory_limit is None else memory_limit // result.dtype.itemsize
-    try:
-        plan = make_plan(spec.canonical(), [known.shape for known in types], networks.optimize, limit)
-    except MemoryLimitError:
+    plan = networks.plan(spec, operands, memory_limit) if spec.n_labels <= MAX_LABELS else None
+    if plan is None or total is None or result is None:
         return False
     before = networks.seconds(found.term) + (1 + len(found.scalings)) * _sum_seconds(total)
-    after = plan.seconds + _sum_seconds(result)
-    return after < before * (1 - _GAIN) and after < before - _SECONDS
+    return pays(plan.seconds + _sum_seconds(result), before, _LEAST)
 
 
 def _sum_seconds(known: TensorType) -> float:

@@ -8,17 +8,12 @@ from dataclasses import replace
 import torch
 from torch import fx
 
-from ..errors import MemoryLimitError
 from ..graph import copy_graph, facts, is_einsum, stamp, type_of, write_einsum
-from ..networks import Networks
-from ..plan import make_plan
+from ..networks import Networks, pays
 from ..products import is_permutation
 from ..spec import EinsumSpec
 
-# By so much of its time, and by so many seconds, a network has to become faster by the cost model. That knows sizes
-# alone, and not the views that direct calls need; what is left as it was written runs as it did.
-_GAIN = 0.2
-_SECONDS = 5e-6
+_LEAST = 5e-6
 
 
 def join_products(
@@ -58,7 +53,7 @@ def join_products(
         if reassociate is not False:
             networks = Networks(new, optimize, reassociate)
             for root in networks.roots():
-                if _gains(networks, root, optimize, memory_limit):
+                if _gains(networks, root, memory_limit):
                     for node in networks.parts[root]:
                         if not is_einsum(node):
                             _write(node, *networks.own[node])
@@ -67,25 +62,19 @@ def join_products(
     return run
 
 
-def _gains(networks: Networks, root: fx.Node, optimize: object, memory_limit: int | None) -> bool:
+def _gains(networks: Networks, root: fx.Node, memory_limit: int | None) -> bool:
     """Whether the network of ``root`` is to be joined."""
     spec, operands = networks.whole[root]
     parts = [part for part in networks.parts[root] if not is_permutation(part)]
     if len(operands) < 3 or all(map(is_einsum, parts)):
         return False
-    types = [known for operand in operands if (known := type_of(operand))]
     results = [known for part in parts if (known := type_of(part))]
-    if len(types) < len(operands) or len(results) < len(parts):
+    plan = networks.plan(spec, operands, memory_limit)
+    if plan is None or len(results) < len(parts):
         return False
-    limit = None if memory_limit is None else memory_limit // types[0].dtype.itemsize
-    try:
-        plan = make_plan(spec.canonical(), [known.shape for known in types], optimize, limit)
-    except MemoryLimitError:
-        return False
-    if limit is not None and any(known.numel > limit for known in results[1:]):
+    if memory_limit is not None and any(known.numel * known.dtype.itemsize > memory_limit for known in results[1:]):
         return True
-    before = networks.seconds(root)
-    return plan.seconds < before * (1 - _GAIN) and plan.seconds < before - _SECONDS
+    return pays(plan.seconds, networks.seconds(root), _LEAST)
 
 
 def _write(node: fx.Node, spec: EinsumSpec, operands: Sequence[fx.Node], added: fx.Node | None) -> None:
