@@ -24,7 +24,7 @@ from .errors import CacheThrashWarning, FallbackWarning, UntraceableError
 from .generic import comparable, generalize, numbers_that_vary, places_of, values_of
 from .live import Caller, LiveCallChanged, direct_call, has_own_call, is_compiled, is_part, plain_call
 from .passes import Options
-from .recorder import Trace
+from .record import Trace
 from .signature import Arguments, ForeignTraceError, Signature
 from .specialize import Specialization, Stage, specialize
 from .symbols import NotGenericError

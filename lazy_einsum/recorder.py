@@ -9,7 +9,7 @@ import itertools
 import operator
 import types
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -18,12 +18,10 @@ from typing import Any
 import torch
 from torch import fx, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from . import ambient as ambient_module
 from .calls import (
     ARITHMETIC,
-    HIDDEN_WRITES,
     INFERRING,
     LAYOUT_QUERIES,
     OPERATORS,
@@ -50,9 +48,7 @@ from .fakes import (
     multilinear,
     python_kernels,
     release,
-    require_grad_as_views,
     tensors_in,
-    with_eager_strides,
     with_tensors,
 )
 from .graph import (
@@ -74,11 +70,13 @@ from .graph import (
 )
 from .impure import Watch
 from .live import HAS_HOOKS, Caller, LiveCall, direct_call, has_own_call, set_attribute
+from .net import Net
+from .record import Result, Trace
 from .regions import enter_inference, leave_inference
 from .shadow import Shadows
 from .signature import Alias, Arguments, Symbol, TensorType, contiguous_strides
 from .sizes import is_symbolic
-from .state import Path, Reads, path_name
+from .state import Path, path_name
 from .surroundings import MISSING, ContextValue, read_by_function
 from .symbols import NotGenericError, Symbols, is_symbol, plain, seen
 from .where import asked_by_torch, user_line
@@ -86,59 +84,6 @@ from .where import asked_by_torch, user_line
 _BESIDE = "a submodule that stays a live call may read that"
 MAX_NODES = 50_000
 """A ``forward`` that calls more functions than this is not traced."""
-
-
-@dataclass(frozen=True)
-class Result:
-    """How to build what ``forward`` returns from the graph's flat output.
-
-    Attributes:
-        structure: containers.
-        leaves: for each leaf a constant, or the number of the output.
-    """
-
-    structure: Structure | int
-    leaves: tuple[Constant | int, ...]
-
-    def __call__(self, values: Sequence[Any]) -> Any:
-        """What ``forward`` returns, where the graph gave ``values``."""
-        return unflatten(
-            self.structure, [values[leaf] if isinstance(leaf, int) else leaf.value for leaf in self.leaves]
-        )
-
-
-@dataclass(frozen=True)
-class Trace:
-    """What ``trace`` gives.
-
-    Attributes:
-        graph: placeholders for the tensors among the arguments, ``get_attr`` nodes for what is read of the module,
-            ``Facts`` on every node.
-        reads: what ``forward`` read of the module.
-        state: paths of the ``get_attr`` nodes, by their target.
-        result: how to build what ``forward`` returns from the graph's flat output; ``None`` where that is the result
-            itself.
-        writes: whether the graph writes to each of the tensors among the arguments and then of those read of the
-            module.
-        switches_grad: whether ``forward`` switches the grad mode on the way.
-        conditions: on the symbols among the arguments, as Python expressions, that make the graph right.
-        switches_modes: whether it switches others.
-        absent: attributes that ``forward`` asked tensors among the arguments (by number) for, and that these lack.
-    """
-
-    graph: fx.Graph
-    reads: Reads
-    state: Mapping[str, Path]
-    result: Result | None
-    writes: tuple[bool, ...]
-    switches_grad: bool
-    conditions: tuple[str, ...] = ()
-    switches_modes: bool = False
-    absent: tuple[tuple[int, str], ...] = ()
-
-    def equals(self, other: Trace) -> bool:
-        """Whether both do the same, and depend on the same."""
-        return str(self.graph) == str(other.graph) and replace(self, graph=other.graph) == other
 
 
 @dataclass(slots=True)
@@ -150,45 +95,6 @@ class _Known:
     tensor: torch.Tensor
     node: fx.Node
     grad_fn: object
-
-
-class _Net(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Sees the operations that really happen: refuses those outside of recorded calls, collects the storages they
-    write.
-    """
-
-    def __init__(self, recorder: Recorder) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.recorder = recorder
-        self.open = 0
-        self.written: list[torch.Tensor] = []
-        self.random = False
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        schema = func._schema
-        if not self.open:
-            if any("Tensor" in str(result.type) for result in schema.returns):
-                # Noted, not raised: this may run inside of C++ that an exception would abort (autograd.Function.apply
-                # does). The next recorded call raises it.
-                self.recorder.fail(
-                    f"{func} runs outside of a torch function that can be recorded (a custom autograd.Function, "
-                    "torch.func, a C++ extension, ...)"
-                )
-            with self.recorder.paused():
-                return func(*args, **(kwargs or {}))
-        for number, argument in enumerate(schema.arguments):
-            if argument.alias_info is not None and argument.alias_info.is_write:
-                value = args[number] if number < len(args) else (kwargs or {}).get(argument.name)
-                self.written.extend(tensors_in(value))
-        for number in HIDDEN_WRITES.get(schema.name, ()):
-            if number < len(args):
-                self.written.extend(tensors_in(args[number]))
-        if torch.Tag.nondeterministic_seeded in func.tags:
-            self.random = True
-        result = func(*args, **(kwargs or {}))
-        if torch.is_inference_mode_enabled():
-            require_grad_as_views(func, args, result)
-        return with_eager_strides(func, args, kwargs or {}, result)
 
 
 def _numbers(value: Any) -> Iterator[Any]:
@@ -230,7 +136,7 @@ class Recorder(TorchFunctionMode):
         self._unsure_copies: set[int] = set()
         self.failure: UntraceableError | None = None
         self.shadows = Shadows(self._fake_state, self._live_call, is_leaf)
-        self._net = _Net(self)
+        self._net = Net(self.fail, self.paused)
         self._context = dict(contextvars.copy_context().items())
         self._variables: list[contextvars.ContextVar[Any]] = []
         self._watch = Watch(self.fail, self.shadows.is_shadow, self._use_variable, self.shadows.read_class)

@@ -26,7 +26,7 @@ from .live import Caller, direct_call
 from .passes import PASSES, Options
 from .passes.choose_paths import PLAN
 from .plan import Plan, make_plan, order_seconds
-from .recorder import Trace
+from .record import Trace
 from .regions import restored
 from .saved import WrittenNetwork, is_within, plan_saving, written_network
 from .search import Path as PlanPath

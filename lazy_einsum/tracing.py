@@ -21,7 +21,8 @@ from .errors import UntraceableError
 from .fakes import data_dependent_errors, quiet
 from .live import Caller, direct_call
 from .outside import Addition, made
-from .recorder import Recorder, Trace
+from .record import Trace
+from .recorder import Recorder
 from .signature import Arguments
 from .symbols import NotGenericError, Symbols
 from .where import line_of

@@ -12,7 +12,7 @@ from torch import nn
 
 from .data import flatten
 from .errors import LazyEinsumError
-from .recorder import Trace
+from .record import Trace
 from .specialize import Specialization, Stage, compile_graph, finish, read
 
 # Relative to the largest value: sums in another order differ by rounding, which grows with the root of their length;

@@ -47,6 +47,8 @@ RANKS = {
     "live": 2,
     "fakes": 3,
     "shadow": 5,
+    "net": 4,
+    "record": 4,
     "recorder": 6,
     "passes": 6,
     "tracing": 7,
