@@ -659,6 +659,23 @@ hazard("buffer deleted", functools.partial(Keeps, buffer_deleted), refused="sets
 PART = "Attributes"
 
 
+class Helped(nn.Linear):
+    """Its ``forward`` calls another method."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(self.help(x))
+
+    def help(self, x: Tensor) -> Tensor:
+        return x * 2
+
+
+hazard(
+    "method of a submodule replaced in its instance",
+    lambda: nn.Sequential(Helped(4, 4).double()),
+    change=lambda child: setattr(child[0], "help", lambda x: x * 5),
+)
+
+
 @dataclass
 class Settings:
     scale: float = 2.0
@@ -1193,6 +1210,11 @@ hazard(
     functools.partial(Reading, lambda self, x: self.layer(x) * getattr(self.layer, "other", 2.0), twice),
     change=lambda child: setattr(child.layer, "other", 5.0),
     refused="other after the call",
+)
+hazard(
+    "attribute set, beside a submodule with hooks",
+    functools.partial(Reading, lambda self, x: setattr(self, "kept", x * 2) or self.layer(x), twice),
+    refused="sets self.kept, and a submodule",
 )
 hazard("attribute that a hook sets", functools.partial(Reading, last_after, kept), refused="last after the call")
 hazard("hook on the child", two_linears, change=lambda child: child.register_forward_hook(lambda m, a, o: o * 2))

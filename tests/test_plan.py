@@ -239,6 +239,22 @@ def test_cotengra() -> None:
         check(make_plan(parse(row), row.shapes, optimizer), row)
 
 
+def test_terms_that_foreign_strategies_get() -> None:
+    """Sets as opt_einsum has them; where tuples do, tuples, whose order is the same in each process."""
+    given: dict[str, Any] = {}
+
+    class Strategy:
+        def __call__(self, inputs: Any, output: Any, sizes: Any) -> Any:
+            given[self.__module__] = [*inputs, output]
+            return [(0, 1), (0, 1)]
+
+    spec = EinsumSpec.parse("ab,bc,cd->ad", [2] * 3)
+    for package, kind in (("cotengra.pathfinders", tuple), ("somebody", frozenset)):
+        make_plan(spec, [(2, 3), (3, 4), (4, 2)], type("Foreign", (Strategy,), {"__module__": package})())
+        assert {type(term) for term in given[package]} == {kind}
+        assert {type(label) for term in given[package] for label in term} == {str}
+
+
 def test_memory_limit() -> None:
     # Best is the outer product of the vectors; within 50 elements only the other orders remain.
     equation, shapes = "a,b,abc->c", [(10,), (10,), (10, 10, 100)]
