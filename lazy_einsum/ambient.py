@@ -69,11 +69,23 @@ def in_functorch() -> bool:
     return torch._C._functorch.peek_interpreter_stack() is not None
 
 
-def saved_tensor_hooks() -> object:
+def saved_tensor_hooks() -> tuple[Any, Any] | None:
     """The innermost pair of saved-tensor hooks, or ``None``; ``torch.utils.checkpoint`` and ``save_on_cpu``
     install such. (No public query exists.)
     """
-    return torch._C._autograd._top_saved_tensors_default_hooks(True)
+    found: tuple[Any, Any] | None = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    return found
+
+
+def replace_saved_tensor_hooks() -> tuple[tuple[Any, Any] | None, tuple[Any, Any] | None]:
+    """Put hooks that do nothing in the place of the innermost pair; that pair, and the one around it. (Leaving the
+    user's context by its ``__exit__``, the public way, would need that context at hand.)
+    """
+    replaced = saved_tensor_hooks()
+    torch._C._autograd._pop_saved_tensors_default_hooks()
+    around = saved_tensor_hooks()
+    torch._C._autograd._push_saved_tensors_default_hooks(lambda tensor: tensor, lambda tensor: tensor)
+    return replaced, around
 
 
 def own_saved_tensors() -> AbstractContextManager[Any]:
@@ -124,11 +136,13 @@ class Modes(NamedTuple):
     Attributes:
         inference: whether in ``torch.inference_mode()``.
         default_dtype: what ``torch.set_default_dtype`` has set.
+        saved_hooks: the innermost pair of saved-tensor hooks.
         others: those that ``forward`` may not change on the way.
     """
 
     inference: bool
     default_dtype: torch.dtype
+    saved_hooks: tuple[Any, Any] | None
     others: tuple[object, ...]
 
     @classmethod
@@ -136,12 +150,11 @@ class Modes(NamedTuple):
         """The present ones."""
         others = (
             any_autocast() and autocast_state(),
-            saved_tensor_hooks(),
             in_functorch(),
             torch.autograd.forward_ad._current_level,  # what dual_level() opens; there is no public query
             keeps_parametrized(),
         )
-        return cls(torch.is_inference_mode_enabled(), torch.get_default_dtype(), others)
+        return cls(torch.is_inference_mode_enabled(), torch.get_default_dtype(), saved_tensor_hooks(), others)
 
 
 def keeps_parametrized() -> bool:

@@ -27,12 +27,14 @@ LAYOUT_QUERIES = frozenset({"is_contiguous", "stride", "dim_order"})
 # repeat for the user.
 REFUSED = frozenset(
     """
-    retain_grad register_hook register_post_accumulate_grad_hook backward detach_ set_ resize_
+    backward detach_ set_ resize_
     resize_as_ share_memory_ rename_ data_ptr untyped_storage storage _typed_storage numpy tolist item __array__
     __reduce_ex__ __deepcopy__ pin_memory is_shared is_pinned grad grad_fn _version _base _make_subclass as_subclass
     _make_wrapper_subclass to_sparse manual_seed set_state
     """.split()
 )
+# These register what autograd is to do with a gradient.
+HOOKS = frozenset({"register_hook", "register_post_accumulate_grad_hook", "retain_grad"})
 # Operations that write arguments which their schemas do not show as written: positions of the arguments.
 HIDDEN_WRITES = {
     "aten::native_batch_norm": (3, 4),

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import fx, nn
@@ -22,6 +22,7 @@ from torch.overrides import TorchFunctionMode
 from . import ambient as ambient_module
 from .calls import (
     ARITHMETIC,
+    HOOKS,
     INFERRING,
     LAYOUT_QUERIES,
     OPERATORS,
@@ -31,6 +32,7 @@ from .calls import (
     call_name,
     undropped,
 )
+from .closures import Closures
 from .data import Constant, Structure, containers_in, flatten, is_array, is_constant, unflatten
 from .decompose import settings
 from .distributed import call_in_precision, is_distributed, is_fully_sharded, precision_of
@@ -72,16 +74,30 @@ from .impure import Watch
 from .live import HAS_HOOKS, Caller, LiveCall, direct_call, has_own_call, set_attribute
 from .net import Net
 from .record import Result, Trace
-from .regions import enter_inference, leave_inference
+from .regions import enter_inference, enter_saved_tensors_hooks, leave
 from .shadow import Shadows
 from .signature import Alias, Arguments, Symbol, TensorType, contiguous_strides
 from .sizes import is_symbolic
 from .state import Path, path_name
-from .surroundings import MISSING, ContextValue, read_by_function
+from .surroundings import MISSING, ContextValue, Itself, read_by_function
 from .symbols import NotGenericError, Symbols, is_symbol, plain, seen
 from .where import asked_by_torch, user_line
 
 _BESIDE = "a submodule that stays a live call may read that"
+BASIC = (
+    int,
+    float,
+    complex,
+    bool,
+    str,
+    type(None),
+    type(Ellipsis),
+    torch.dtype,
+    torch.device,
+    torch.layout,
+    torch.memory_format,
+)
+"""Plain data that stands in a graph as it is."""
 MAX_NODES = 50_000
 """A ``forward`` that calls more functions than this is not traced."""
 
@@ -95,6 +111,34 @@ class _Known:
     tensor: torch.Tensor
     node: fx.Node
     grad_fn: object
+
+
+class _Region(NamedTuple):
+    """What ``forward`` has entered and not left.
+
+    Attributes:
+        grad: grad mode before it.
+        inference: inference mode before it.
+        saved_hooks: those that took the place of the user's while traced; ``None`` where it is an inference mode.
+    """
+
+    grad: bool
+    inference: bool
+    saved_hooks: object = None
+
+
+class _Handle:
+    """Stands in for what removes a hook: a trace does not follow it.
+
+    Args:
+        refuse: makes the error for a reason.
+    """
+
+    def __init__(self, refuse: Callable[[str], Exception]) -> None:
+        self._refuse = refuse
+
+    def __getattr__(self, name: str) -> Any:
+        raise self._refuse(f"forward uses {name} of the handle of a hook")
 
 
 def _numbers(value: Any) -> Iterator[Any]:
@@ -136,6 +180,9 @@ class Recorder(TorchFunctionMode):
         self._unsure_copies: set[int] = set()
         self.failure: UntraceableError | None = None
         self.shadows = Shadows(self._fake_state, self._live_call, is_leaf)
+        self._closures = Closures(self._captured, self._itself, self._write_helper, self.fail)
+        self._hooks = False
+        self._hooked_memory: set[int] = set()
         self._net = Net(self.fail, self.paused)
         self._context = dict(contextvars.copy_context().items())
         self._variables: list[contextvars.ContextVar[Any]] = []
@@ -155,7 +202,7 @@ class Recorder(TorchFunctionMode):
         self._switched = False
         self._switches_modes = False
         self._modes = self._modes_at_start = ambient_module.Modes.now()
-        self._regions: list[tuple[bool, bool]] = []  # inference mode and grad mode before each that was entered
+        self._regions: list[_Region] = []
         # Under autocast an operation means other operations: nothing is rewritten there.
         self._may_move = not ambient_module.any_autocast()
         self._random_state = random_state
@@ -247,6 +294,7 @@ class Recorder(TorchFunctionMode):
         side_effect = self.shadows.side_effect()
         if side_effect is not None:
             raise UntraceableError(side_effect)
+        self._closures.check()
         if self._depends_on_order():
             self.shadows.outside.read(settings())
         self._write_assignments()
@@ -339,6 +387,7 @@ class Recorder(TorchFunctionMode):
         self._live_of.clear()
         self._storages.clear()
         self._net.written.clear()
+        self._closures.forget()
         self.shadows.forget()
 
     def are_gone(self) -> bool:
@@ -476,19 +525,7 @@ class Recorder(TorchFunctionMode):
             return {key: self._argument(item) for key, item in value.items()}
         if kind is slice:
             return slice(self._argument(value.start), self._argument(value.stop), self._argument(value.step))
-        if kind in (
-            int,
-            float,
-            complex,
-            bool,
-            str,
-            type(None),
-            type(Ellipsis),
-            torch.dtype,
-            torch.device,
-            torch.layout,
-            torch.memory_format,
-        ):
+        if kind in BASIC:
             return value
         if isinstance(value, range):
             return list(value)
@@ -557,6 +594,10 @@ class Recorder(TorchFunctionMode):
         if (name in REFUSED and func is not torch.autograd.grad) or sets:
             raise self.fail(f"forward {'sets' if sets else 'uses'} {name} of a tensor")
         self._check_modes()
+        if name in HOOKS:
+            return self._register_hook(func, name, *args, **kwargs)
+        if self._hooks and func is torch.autograd.grad:
+            raise self.fail("forward differentiates after it gave a tensor a hook, which may change the gradient")
         if getattr(func, "__module__", "") == "torch.distributed.distributed_c10d":
             raise self.fail(f"forward communicates with other processes ({name})")
         if len(self.graph.nodes) > MAX_NODES:
@@ -577,6 +618,9 @@ class Recorder(TorchFunctionMode):
         if self._net.random and self._guessed_layout and any(map(self._is_made, tensors_in((args, kwargs)))):
             raise NotGenericError(f"{name} fills memory as it lies, behind an einsum whose layout depends on sizes")
         written = self._written()
+        if not self._hooked_memory.isdisjoint(written):
+            # Which hooks are left then depends on whether the tensor is a view, as the results of some einsums are.
+            raise self.fail("forward writes to a tensor after it gave it a hook")
         tensors = list(tensors_in(result))
         if name in COPIES_AT_NEED:
             self._note_copy({self._storage(tensor) for tensor in (args[0], *tensors)})
@@ -589,6 +633,37 @@ class Recorder(TorchFunctionMode):
                 return result
         self._register(result, self._write_call(func, name, *taken), written)
         return result
+
+    def _register_hook(
+        self, func: Any, name: str, tensor: torch.Tensor, *hook: Callable[..., Any], **hooks: Callable[..., Any]
+    ) -> _Handle | None:
+        """Record that a tensor is given a hook; the hook itself is not called: there are no gradients yet."""
+        if not tensor.requires_grad or (name == "register_post_accumulate_grad_hook" and not tensor.is_leaf):
+            func(tensor, *hook, **hooks)  # torch raises its own error
+        self._hooked_memory.add(self._storage(tensor))
+        self._hooks = self._hooks or name != "retain_grad"
+        node = self._node(tensor)
+        given = [self._closures.record(item) for item in (*hook, *hooks.values())]
+        self._stamp_effect(self.graph.call_method(name, (node, *given)), user_line())
+        return None if name == "retain_grad" else _Handle(self.fail)
+
+    def _captured(self, value: Any) -> Any:
+        """What stands in the graph for something that a hook closes over."""
+        path = self.shadows.path_of(value)
+        if path is not None and not isinstance(value, torch.Tensor):
+            return self._live_node(self._target(path), path)
+        if isinstance(value, (list, dict, set)) or callable(value):
+            raise self.fail(f"forward makes a hook that uses a {type(value).__name__} which is not the module's")
+        if is_constant(value) and type(value) not in BASIC:
+            return self._itself(value, type(value).__name__)
+        return self._argument(value)
+
+    def _itself(self, value: Any, name: str) -> fx.Node:
+        path: Path = (("outer", Itself(value, name)),)
+        return self._live_node(self._target(path), path)
+
+    def _write_helper(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.Node:
+        return self._stamp_effect(self.graph.call_function(function, args, kwargs))
 
     def _query(self, func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The answer to a question about a tensor, where sizes are symbolic."""
@@ -666,31 +741,60 @@ class Recorder(TorchFunctionMode):
             raise self.fail("the grad mode was switched in a way that no call shows (a custom autograd.Function, ...)")
 
     def _follow_modes(self) -> None:
-        """Record that ``forward`` entered or left inference mode, or set the default dtype: no call shows it."""
+        """Record that ``forward`` entered or left inference mode or saved-tensor hooks, or set the default dtype: no
+        call shows it.
+        """
         now = ambient_module.Modes.now()
         if now == self._modes:
             return
         if now.others != self._modes.others:
             raise self.fail(
-                "forward changes a mode on the way (autocast, checkpointing, saved-tensor hooks, torch.func, "
-                "forward-mode differentiation)"
+                "forward changes a mode on the way (autocast, torch.func, forward-mode differentiation, ...)"
             )
+        pair, around = None, now.saved_hooks
+        if around is not None and not self._is_known_pair(around):
+            # Fakes are nothing for the user's functions.
+            if getattr(around[0], "__module__", "") == "torch.utils.checkpoint":
+                raise self.fail("forward uses checkpointing")
+            pair, around = ambient_module.replace_saved_tensor_hooks()
+            now = now._replace(saved_hooks=ambient_module.saved_tensor_hooks())
+        self._leave_saved_hooks(around)
         if now.default_dtype is not self._modes.default_dtype:
             self._write_switch(torch.set_default_dtype, now.default_dtype)
         if now.inference != self._modes.inference:
-            if self._regions and self._regions[-1] == (now.inference, torch.is_grad_enabled()):
-                _, self._grad = self._regions.pop()
-                self._write_switch(leave_inference)
+            if self._regions and self._regions[-1] == _Region(torch.is_grad_enabled(), now.inference):
+                self._grad = self._regions.pop().grad
+                self._write_switch(leave)
             else:
-                self._regions.append((self._modes.inference, self._grad))
+                self._regions.append(_Region(self._grad, self._modes.inference))
                 self._grad = not now.inference
                 self._write_switch(enter_inference, now.inference)
+        self._leave_saved_hooks(around)
+        open_pairs = [self._modes_at_start.saved_hooks, *(region.saved_hooks for region in self._regions)]
+        if around != next(filter(None, reversed(open_pairs)), None):
+            raise self.fail("forward enters or leaves several modes at once, saved-tensor hooks among them")
+        if pair is not None:
+            functions = [self._closures.record(function) for function in pair]
+            self._write_switch(enter_saved_tensors_hooks, *functions)
+            self._regions.append(_Region(self._grad, now.inference, now.saved_hooks))
         self._modes = now
         self._switches_modes = True
 
+    def _is_known_pair(self, hooks: object) -> bool:
+        """Whether these saved-tensor hooks were there at the start, or are those in the place of the user's."""
+        return hooks == self._modes_at_start.saved_hooks or any(hooks == region.saved_hooks for region in self._regions)
+
+    def _leave_saved_hooks(self, around: object) -> None:
+        while self._regions and self._regions[-1].saved_hooks not in (None, around):
+            self._regions.pop()
+            self._write_switch(leave)
+
     def _write_switch(self, function: Callable[..., Any], *args: Any) -> None:
-        # As if it wrote everything: nothing moves past it but what asks for the mode itself.
-        stamp(self.graph.call_function(function, args), Facts(None, None, (), self._grad, False, user_line()))
+        self._stamp_effect(self.graph.call_function(function, args), user_line())
+
+    def _stamp_effect(self, node: fx.Node, line: str = "") -> fx.Node:
+        """Stamp a call that gives no tensor; it stays where it is."""
+        return stamp(node, Facts(None, None, (), self._grad, False, line))
 
     @property
     def _movable(self) -> bool:

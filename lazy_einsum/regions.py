@@ -3,30 +3,39 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
 _open = threading.local()
 
 
-def _stack() -> list[torch.inference_mode]:
+def _stack() -> list[Any]:
     if not hasattr(_open, "stack"):
         _open.stack = []
-    found: list[torch.inference_mode] = _open.stack
+    found: list[Any] = _open.stack
     return found
 
 
-def enter_inference(enabled: bool) -> None:
-    """Enter ``torch.inference_mode(enabled)``."""
-    context = torch.inference_mode(enabled)
+def _enter(context: Any) -> None:
     context.__enter__()
     _stack().append(context)
 
 
-def leave_inference() -> None:
-    """Leave the inference mode entered last."""
+def enter_inference(enabled: bool) -> None:
+    """Enter ``torch.inference_mode(enabled)``."""
+    _enter(torch.inference_mode(enabled))
+
+
+def enter_saved_tensors_hooks(pack: Callable[[torch.Tensor], Any], unpack: Callable[[Any], torch.Tensor]) -> None:
+    """Enter ``torch.autograd.graph.saved_tensors_hooks(pack, unpack)``."""
+    _enter(torch.autograd.graph.saved_tensors_hooks(pack, unpack))
+
+
+def leave() -> None:
+    """Leave what was entered last."""
     _stack().pop().__exit__(None, None, None)
 
 
@@ -40,6 +49,6 @@ def restored(grad: bool) -> Iterator[None]:
             yield
         finally:
             while len(stack) > depth:
-                leave_inference()
+                leave()
             if torch.get_default_dtype() is not dtype:
                 torch.set_default_dtype(dtype)

@@ -23,7 +23,7 @@ from . import ambient as ambient_module
 from .data import Constant, Structure, array_constant, take_apart
 from .signature import Alias, Arguments, Symbol, TensorType
 from .sizes import is_symbolic
-from .surroundings import Cell, ContextValue, GlobalName
+from .surroundings import Cell, ContextValue, GlobalName, Itself
 
 How = Literal["module", "parameter", "buffer", "attribute", "member", "item", "call", "outer"]
 Path = tuple[tuple[How, Any], ...]
@@ -364,6 +364,8 @@ def _object(writer: _Writer, path: Path) -> str:
             return writer.local(path, f"{writer.name(key.cell)}.cell_contents")
         if isinstance(key, ContextValue):
             return writer.local(path, f"{writer.name(key.get)}()")
+        if isinstance(key, Itself):
+            return writer.name(key.value)
         return writer.local(path, f"{writer.name(key.owner)}.{key.name}")
     holder = _dict(writer, parent) if how == "attribute" else _table(writer, parent, _TABLES[how])
     return writer.local(path, f"{holder}[{key!r}]")

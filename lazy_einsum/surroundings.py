@@ -146,7 +146,36 @@ class ContextValue:
         return f"the context variable {self.variable.name}"
 
 
-Outer = GlobalName | Cell | Attribute | ContextValue
+@dataclass(frozen=True, slots=True, eq=False)
+class Itself:
+    """An object that code holds, whatever becomes of the place where it was found. Of functions the code counts."""
+
+    value: Any
+    name: str
+
+    def get(self) -> Any:
+        """The object."""
+        return self.value
+
+    def set(self, value: Any) -> None:
+        """Nothing: there is no place."""
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Itself):
+            return False
+        mine, theirs = self.value, other.value
+        if isinstance(mine, types.FunctionType) and isinstance(theirs, types.FunctionType):
+            return mine.__code__ is theirs.__code__ and mine.__globals__ is theirs.__globals__
+        return mine is theirs
+
+    def __hash__(self) -> int:
+        return hash(self.name)
+
+    def __str__(self) -> str:
+        return self.name
+
+
+Outer = GlobalName | Cell | Attribute | ContextValue | Itself
 Steps = tuple[tuple[Literal["member", "item"], Any], ...]
 
 USERS, INSTALLED, TRUSTED = 2, 1, 0

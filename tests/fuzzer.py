@@ -49,6 +49,8 @@ class Profile:
     #: All forms of einsum (ellipsis, sublists, implicit output, spaces), or plain explicit text only.
     all_forms: bool = True
     statements: tuple[int, int] = (4, 11)
+    #: Regions of saved-tensor hooks too.
+    saved_hooks: bool = False
 
 
 EVERYTHING = Profile(
@@ -150,7 +152,19 @@ PRODUCTS = replace(
     all_forms=False,
 )
 
-PROFILES = {profile.name: profile for profile in (EVERYTHING, PURE, EFFECTS, KEYS, PREDECESSOR, PRODUCTS)}
+# Hooks on values in the middle and on what autograd saves; nothing is written, as what had a hook may not be.
+HOOKS = replace(
+    PURE,
+    name="hooks",
+    weights={**PURE.weights, "unary": 2, "hook": 6, "region": 2, "cancel": 1, "split": 0.3},
+    regions=True,
+    saved_hooks=True,
+    all_forms=False,
+    dtypes=(torch.float64, torch.complex128),
+    dtype_weights=(4, 1),
+)
+
+PROFILES = {profile.name: profile for profile in (EVERYTHING, PURE, EFFECTS, KEYS, PREDECESSOR, PRODUCTS, HOOKS)}
 
 
 @dataclass(frozen=True)
@@ -1099,17 +1113,39 @@ class Generator:
             if len(self.lines) == start:
                 self.lines.pop()
 
+    def _hook(self) -> None:
+        """A hook on a value, used before or not."""
+        rng = self.random
+        a = rng.choice([v for v in self.values if v.name.startswith("v")] or [self._pick()])
+        hooks = (
+            "lambda g: g * 3",
+            f"lambda g: g * {a.name}.detach()",
+            f"lambda g, k={rng.choice((2, 3))}: g * k",
+            f"lambda g: g * (2 if self.training else 5) + {self._pick().name}.detach().abs().mean()",
+            "torch.neg",
+        )
+        code = f"{a.name}.requires_grad and {a.name}.register_hook({rng.choice(hooks)})"
+        if rng.random() < 0.2:
+            code = f"{a.name}.requires_grad and {a.name}.retain_grad()"
+        self._run(code, None)
+        self.lines.append("    " * self.indent + code)
+
     def _region(self) -> None:
         if self.indent:
             raise Rejected
-        header, context = self.random.choice(
-            (
-                ("with torch.no_grad():", torch.no_grad),
-                ("with torch.no_grad():", torch.no_grad),
-                ("with torch.set_grad_enabled(False):", torch.no_grad),
-                ("with torch.enable_grad():", torch.enable_grad),
-            )
-        )
+        regions: list[tuple[str, Callable[[], Any]]] = [
+            ("with torch.no_grad():", torch.no_grad),
+            ("with torch.no_grad():", torch.no_grad),
+            ("with torch.set_grad_enabled(False):", torch.no_grad),
+            ("with torch.enable_grad():", torch.enable_grad),
+        ]
+        if self.profile.saved_hooks:
+            keeps = self._pick().name
+            pack = self.random.choice(("lambda t: t * 2", f"lambda t: t * {keeps}.detach().abs().mean()", "torch.neg"))
+            hooks = f"with torch.autograd.graph.saved_tensors_hooks({pack}, lambda t: t * 1):"
+            regions += [(hooks, nullcontext), (hooks, nullcontext), (hooks, nullcontext)]
+            regions.append(("with torch.autograd.graph.save_on_cpu():", nullcontext))
+        header, context = self.random.choice(regions)
         self.lines.append(header)
         start = len(self.lines)
         with self._indented(), context():

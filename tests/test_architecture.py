@@ -21,6 +21,7 @@ RANKS = {
     "distributed": 0.7,
     "impure": 1,
     "regions": 0,
+    "closures": 0,
     "data": 0.5,
     "outside": 4,
     "spec": 1,

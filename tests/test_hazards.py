@@ -1092,6 +1092,172 @@ def halves(context: Any) -> Any:
     return torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor * 1, lambda tensor: tensor * 2)
 
 
+def saved_in_turn(self: Any, x: Tensor) -> Any:
+    factor = x.detach().sum()
+    with torch.autograd.graph.saved_tensors_hooks(lambda kept: kept * factor, lambda kept: kept):
+        with torch.no_grad():
+            y = x.sin()
+        y = einsum("ij,jk->ik", x, self.w) * y
+        with halves(None):
+            y = y * y
+        with torch.inference_mode():
+            x.cos()
+        y = y.sin() * y
+    with halves(None):
+        y = y.exp() * y
+    return y.sin(), einsum("ij,jk,kl->il", y, self.w, self.w)
+
+
+def saved_at_once(self: Any, x: Tensor) -> Any:
+    with halves(None), halves(None):
+        return einsum("ij,jk->ik", x, self.w).sin()
+
+
+def failing_in_hooks(self: Any, x: Tensor) -> Any:
+    try:
+        with halves(None):
+            y = x.sin()
+            y @ self.w.T[:3]
+    except RuntimeError:
+        return y * 2 + x.cos()
+
+
+class Scaling(Program):
+    """Has what hooks may use."""
+
+    scale = 3.0
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        super().__init__(function, w=nn.Parameter(torch.randn(4, 4, dtype=torch.float64)), scale=3.0)
+
+    def scaled(self, gradient: Tensor) -> Tensor:
+        return gradient * self.scale
+
+
+def hooked(make_hook: Callable[[Any, Tensor], Any]) -> Callable[[], nn.Module]:
+    """A module whose result between two chains of einsums has the hook that ``make_hook`` makes."""
+
+    def function(self: Any, x: Tensor) -> Any:
+        y = einsum("ij,jk,kl->il", x, self.w, self.w) * 2
+        early = einsum("ij,jk->ik", y, self.w)
+        y.register_hook(make_hook(self, y))
+        return early, 3 * einsum("ij,jk,kl->il", y, self.w, self.w)
+
+    return lambda: Scaling(function)
+
+
+def multiply_by(factor: Tensor) -> Callable[[Tensor], Tensor]:
+    def hook(gradient: Tensor) -> Tensor:
+        return gradient * factor
+
+    return hook
+
+
+def keyword_only(self: Any, y: Tensor) -> Callable[..., Tensor]:
+    factor = y.detach() ** 2
+    return lambda g, *, factor=factor: g * factor
+
+
+def hooks_of_a_loop(self: Any, x: Tensor) -> Any:
+    y = einsum("ij,jk->ik", x, self.w)
+    for number in range(3):
+        y.register_hook(lambda g, number=number: g * (number + 2))
+    return einsum("ij,jk->ik", y, self.w)
+
+
+def hook_on_a_view(self: Any, x: Tensor) -> Any:
+    y = einsum("ij,jk->ik", x, self.w)
+    view = y.T
+    z = einsum("ki,kl->il", view, self.w)
+    view.register_hook(lambda g: g * 5)
+    return z * 2, einsum("ki,kl->il", view, self.w), y
+
+
+def hook_and_write(self: Any, x: Tensor) -> Any:
+    y = einsum("ij,jk->ik", x, self.w)
+    y.register_hook(lambda g: g * 5)
+    y.mul_(3)
+    y.register_hook(lambda g: g + 1)
+    return einsum("ij,jk->ik", y, self.w)
+
+
+def hook_on_the_given(self: Any, x: Tensor) -> Any:
+    x.register_hook(lambda g: g * 2)
+    return einsum("ij,jk,kl->il", x, self.w, self.w)
+
+
+def hook_without_gradients(self: Any, x: Tensor) -> Any:
+    try:
+        x.register_hook(lambda g: g * 2)
+    except RuntimeError:
+        return x * 3
+
+
+def hook_that_shares() -> tuple[Callable[..., Any], list[float]]:
+    factors = [2.0]
+
+    def function(self: Any, x: Tensor) -> Any:
+        y = x * 2
+        y.register_hook(lambda g: g * factors[-1])
+        return y.sin()
+
+    return function, factors
+
+
+def retained(self: Any, x: Tensor) -> Any:
+    y = einsum("ij,jk->ik", x, self.w)
+    y.retain_grad()
+    return y, einsum("ij,jk->ik", y, self.w)
+
+
+def retained_force(self: Any, x: Tensor) -> Any:
+    y = einsum("ij,jk->ik", x, self.w)
+    y.retain_grad()
+    energy = einsum("ij,jk->", y, self.w)
+    return energy, torch.autograd.grad(energy, x, create_graph=True)[0]
+
+
+def hook_that_sets(self: Any, x: Tensor) -> Any:
+    count = 1
+
+    def hook(gradient: Tensor) -> Tensor:
+        nonlocal count
+        count += 1
+        return gradient * count
+
+    y = x * 2
+    y.register_hook(hook)
+    y.register_hook(hook)
+    return y.sin()
+
+
+def hook_that_keeps(self: Any, x: Tensor) -> Any:
+    kept: list[Tensor] = []
+    y = x * 2
+    y.register_hook(lambda g: kept.append(g) or g * len(kept))
+    return y.sin()
+
+
+def hook_too_early(self: Any, x: Tensor) -> Any:
+    factor = 2.0
+    y = x * 2
+    y.register_hook(lambda g: g * factor)
+    factor = 4.0
+    return y.sin()
+
+
+def hook_removed(self: Any, x: Tensor) -> Any:
+    y = x * 2
+    y.register_hook(lambda g: g * 4).remove()
+    return y.sin()
+
+
+def hook_and_force(self: Any, x: Tensor) -> Any:
+    y = x * 2
+    y.register_hook(lambda g: g * 4)
+    return torch.autograd.grad(y.sin().sum(), x, create_graph=True)[0]
+
+
 WEIGHTS: dict[str, Callable[[], Any]] = {"w": lambda: nn.Parameter(torch.randn(4, 4, dtype=torch.float64))}
 BFLOAT16 = functools.partial(torch.autocast, "cpu", dtype=torch.bfloat16)
 
@@ -1131,20 +1297,65 @@ hazard("force of a copy", program(force_of_a_copy, **WEIGHTS))
 hazard("force of a copy without grad mode", program(force_of_a_copy, **WEIGHTS), context=torch.no_grad)
 hazard("requires_grad_ in between", program(required_in_between))
 hazard("saved-tensor hooks around", linear, arguments=with_grad, context=functools.partial(halves, None))
+hazard("saved-tensor hooks inside", in_context(functools.partial(halves, None)), arguments=with_grad)
+hazard("save_on_cpu inside", in_context(torch.autograd.graph.save_on_cpu), arguments=with_grad)
+hazard("saved-tensor hooks inside of others", program(saved_in_turn, **WEIGHTS), arguments=with_grad)
 hazard(
-    "saved-tensor hooks inside",
+    "saved-tensor hooks inside, others around",
     in_context(functools.partial(halves, None)),
     arguments=with_grad,
-    refused="saved-tensor hooks",
+    context=functools.partial(halves, None),
+)
+hazard("error inside of saved-tensor hooks", program(failing_in_hooks, **WEIGHTS), arguments=with_grad)
+hazard(
+    "two pairs of saved-tensor hooks entered at once",
+    program(saved_at_once, **WEIGHTS),
+    arguments=with_grad,
+    refused="several modes at once",
 )
 hazard("hook on an argument", program(lambda self, x: x * 2), arguments=hooked_argument)
 hazard("hook on a parameter", linear, change=lambda child: child.weight.register_hook(lambda gradient: gradient * 3))
+for name, make_hook in {
+    "": lambda self, y: lambda g: g * 3,
+    ", with a tensor": lambda self, y: lambda g: g * y.detach(),
+    ", with a default": lambda self, y: lambda g, k=y.shape[0]: g * k,
+    ", with a default by keyword": keyword_only,
+    ", a partial": lambda self, y: functools.partial(torch.mul, y.detach()),
+    ", torch's own function": lambda self, y: torch.neg,
+    ", made by a function": lambda self, y: multiply_by(y.detach().sum()),
+}.items():
+    hazard(f"hook on a result inside{name}", hooked(make_hook), arguments=with_grad)
+for name, make_hook in {
+    "with the module": lambda self, y: lambda g: g * self.scale,
+    "a method": lambda self, y: self.scaled,
+}.items():
+    hazard(
+        f"hook on a result inside, {name}",
+        hooked(make_hook),
+        arguments=with_grad,
+        change=lambda child: setattr(child, "scale", 7.0),
+    )
+hazard("hooks of a loop on a result inside", program(hooks_of_a_loop, **WEIGHTS), arguments=with_grad)
+hazard("hook on a view used before", program(hook_on_a_view, **WEIGHTS), arguments=with_grad)
+hazard("hook on an argument inside", program(hook_on_the_given, **WEIGHTS), arguments=with_grad)
+hazard("hook on a result without gradients inside", program(hook_without_gradients), arguments=plain)
 hazard(
-    "hook on a result inside",
-    program(lambda self, x: (lambda y: (y.register_hook(lambda g: g * 3), y)[1])(x * 2)),
+    "hook on a result inside, with what a function around shares",
+    enclosing(hook_that_shares),
     arguments=with_grad,
-    refused="register_hook",
+    change=lambda child: child.__dict__["enclosed"].append(4.0),
 )
+hazard("retain_grad inside", program(retained, **WEIGHTS), arguments=with_grad)
+hazard("retain_grad and autograd.grad inside", program(retained_force, **WEIGHTS), arguments=with_grad)
+for name, make_hook, reason in (
+    ("sets a variable", hook_that_sets, "sets count"),
+    ("uses a list", hook_that_keeps, "uses a list"),
+    ("uses what is set afterwards", hook_too_early, "sets a variable that it uses afterwards"),
+    ("is removed", hook_removed, "remove of the handle"),
+    ("comes before autograd.grad", hook_and_force, "differentiates after"),
+    ("comes before a write", hook_and_write, "writes to a tensor after"),
+):
+    hazard(f"hook on a result inside that {name}", program(make_hook, **WEIGHTS), arguments=with_grad, refused=reason)
 hazard("vmap inside", program(lambda self, x: torch.vmap(lambda row: row * 2)(x)), refused="torch.func")
 hazard("jacobian inside", program(lambda self, x: torch.autograd.functional.jacobian(lambda z: (z * z).sum(), x)))
 hazard("forward-mode differentiation inside", program(forward_mode), refused="forward-mode")

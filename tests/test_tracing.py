@@ -109,13 +109,6 @@ def forked(self: Any, x: Tensor) -> Tensor:
         return x + torch.rand(4, dtype=x.dtype)
 
 
-def hooks_tensor(self: Any, x: Tensor) -> Tensor:
-    z = x * 2
-    if z.requires_grad:
-        z.register_hook(lambda gradient: gradient * 5)
-    return z
-
-
 def sets_requires_grad(self: Any, x: Tensor) -> Tensor:
     z = x.detach()
     z.requires_grad = True
@@ -196,7 +189,6 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "fork_rng": (program(forked), "seeded"),
     "Python's random": (program(lambda self, x: x * random.random()), "Python's random generator"),
     "NumPy's random": (program(lambda self, x: x * float(np.random.rand())), "NumPy's random generator"),
-    "tensor hook": (program(hooks_tensor), "register_hook"),
     "backward": (program(backward_inside), "requires_grad_|backward"),
     "item": (program(lambda self, x: x * x.sum().item()), "item"),
     "item, error swallowed": (program(swallows), "item"),
