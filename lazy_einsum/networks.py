@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import fx
 
+from .cost import sum_seconds
 from .errors import MemoryLimitError
 from .graph import MAX_LABELS, Writers, is_einsum, same_mode, type_of, uses
 from .plan import Plan, make_plan, order_seconds
@@ -80,6 +82,14 @@ def _merges_broadcasts(term: str, inner: EinsumSpec) -> bool:
         if len(holders) > 1 and any(len(merged & set(labels)) > 1 for labels in holders):
             return True
     return False
+
+
+def _single_seconds(spec: EinsumSpec, shape: Sequence[int]) -> float:
+    """What the cost model expects of a call on one tensor: a view, or a sum."""
+    (term,) = spec.inputs
+    results = math.prod(spec.output_shape([shape]))
+    elements = math.prod(spec.sizes([shape]).values())
+    return 0.0 if elements == results else sum_seconds(elements, results, term[-1] not in spec.output)
 
 
 def pays(after: float, before: float, least: float) -> bool:
@@ -175,6 +185,8 @@ class Networks:
     def plan_seconds(self, spec: EinsumSpec, operands: Sequence[fx.Node]) -> float:
         """What the cost model expects of one einsum of operands of known types."""
         shapes = [known.shape for operand in operands if (known := type_of(operand))]
+        if len(shapes) == 1:
+            return _single_seconds(spec, shapes[0])
         if len(shapes) < 3:
             return order_seconds(spec, shapes, ((0, 1),))
         return make_plan(spec.canonical(), shapes, self.optimize).seconds

@@ -1,4 +1,5 @@
-"""Calls of torch that are einsums under another name: products of matrices and vectors, and permutations.
+"""Calls of torch that are einsums under another name: products of matrices and vectors, products element by element,
+sums over dimensions, diagonals, and permutations.
 
 To teach the passes another call, add a row to one of the tables at the end.
 """
@@ -14,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import fx
 
-from .graph import facts, given, is_einsum, read_einsum, type_of
+from .graph import facts, given, is_einsum, read_einsum, same_mode, type_of, uses
 from .spec import EinsumSpec, symbol
 
 # In these a product means the same whatever kernel computes it. Integers have kernels of their own, and bool has none.
@@ -197,6 +198,98 @@ def _read_chain(node: fx.Node) -> Product | None:
     return Product(EinsumSpec(tuple(terms), output), tuple(tensors))
 
 
+# --- element by element -----------------------------------------------------------------------------------------------
+
+
+def _elementwise(left: int, right: int) -> _Terms:
+    labels = _labels(max(left, right))
+    return (labels[len(labels) - left :], labels[len(labels) - right :]), labels
+
+
+def _read_multiply(node: fx.Node) -> Product | None:
+    """A tensor times a tensor. Dimensions of size 1 that a call made for it (``x[:, None] * w``) are not looked at."""
+    product = _MULTIPLY(node)
+    if product is None:
+        return None
+    terms, output, operands = product.spec.inputs, product.spec.output, product.operands
+    bare = [_without_new_dims(operand, term, node) for operand, term in zip(operands, terms, strict=True)]
+    if set(output) != {label for _, term in bare for label in term}:
+        return product
+    return Product(EinsumSpec(tuple(term for _, term in bare), output), tuple(operand for operand, _ in bare))
+
+
+def _without_new_dims(operand: fx.Node, term: str, user: fx.Node) -> tuple[fx.Node, str]:
+    """What ``operand`` is a view of that only adds dimensions, and the labels that are left."""
+    while uses(operand) == 1 and same_mode(operand, user) and (places := _new_dims(operand)) is not None:
+        term = "".join(label for place, label in enumerate(term) if place not in places)
+        (operand, *_) = operand.all_input_nodes
+    return operand, term
+
+
+def _new_dims(node: fx.Node) -> tuple[int, ...] | None:
+    """The dimensions of size 1 that a call adds to its operand, where it does nothing else."""
+    known = type_of(node)
+    if known is None or node.kwargs or len(node.args) != 2 or type_of(node.args[0]) is None:
+        return None
+    argument = node.args[1]
+    if node.target in _UNSQUEEZE and type(argument) is int:
+        return (range(len(known.shape))[argument],)
+    if node.target is not operator.getitem:
+        return None
+    items = argument if isinstance(argument, tuple) else (argument,)
+    if not any(item is None for item in items) or not all(
+        item is None or item is Ellipsis or (isinstance(item, slice) and item == slice(None)) for item in items
+    ):
+        return None
+    after = len(items) - 1 - items.index(Ellipsis) if Ellipsis in items else 0
+    places = [place for place, item in enumerate(items) if item is None]
+    if Ellipsis not in items:
+        return tuple(places)
+    return tuple(p if p < len(items) - 1 - after else len(known.shape) - (len(items) - p) for p in places)
+
+
+def _read_sum(node: fx.Node) -> Product | None:
+    """``x.sum(dim)``, of all dimensions where none are named; what keeps them as size 1 is another matter."""
+    arguments = dict(zip(("input", "dim", "keepdim"), node.args, strict=False)) | given(node.kwargs)
+    known = type_of(arguments.get("input"))
+    dims, keepdim = arguments.get("dim"), arguments.get("keepdim", False)
+    if known is None or len(node.args) > 3 or not set(arguments) <= {"input", "dim", "keepdim"} or keepdim is not False:
+        return None
+    dims = range(len(known.shape)) if dims is None else dims if isinstance(dims, (tuple, list)) else (dims,)
+    if not dims or not all(type(dim) is int for dim in dims):
+        return None
+    labels = _labels(len(known.shape))
+    summed = {labels[dim] for dim in dims}
+    output = "".join(label for label in labels if label not in summed)
+    return Product(EinsumSpec((labels,), output), (arguments["input"],))
+
+
+def _read_diagonal(node: fx.Node) -> Product | None:
+    """``x.diagonal(offset=0, dim1=0, dim2=1)`` of equal sizes."""
+    arguments = {"offset": 0, "dim1": 0, "dim2": 1}
+    arguments |= dict(zip(("input", *arguments), node.args, strict=False)) | given(node.kwargs)
+    known = type_of(arguments.get("input"))
+    offset, *dims = (arguments[name] for name in ("offset", "dim1", "dim2"))
+    if known is None or len(arguments) > 4 or len(node.args) > 4 or offset != 0 or len(known.shape) < 2:
+        return None
+    if not all(type(dim) is int for dim in dims):
+        return None
+    first, second = (range(len(known.shape))[dim] for dim in dims)
+    if known.shape[first] != known.shape[second]:
+        return None
+    labels = _labels(len(known.shape))
+    rest = "".join(label for place, label in enumerate(labels) if place not in (first, second))
+    term = "".join(labels[first] if place == second else label for place, label in enumerate(labels))
+    return Product(EinsumSpec((term,), rest + labels[first]), (arguments["input"],))  # type: ignore[arg-type]
+
+
+def _read_trace(node: fx.Node) -> Product | None:
+    known = type_of(node.args[0]) if len(node.args) == 1 and not node.kwargs else None
+    if known is None or len(known.shape) != 2 or known.shape[0] != known.shape[1]:
+        return None
+    return Product(EinsumSpec(("ii",), ""), (node.args[0],))  # type: ignore[arg-type]
+
+
 # --- permutations -----------------------------------------------------------------------------------------------------
 
 
@@ -279,6 +372,9 @@ _PERMUTATIONS: dict[Any, Callable[..., list[int] | None]] = {
 _ATTRIBUTES = {"T": _turn, "mT": _turn_matrices}
 _PERMUTATION_READERS = (_read_permutation, _read_attribute)
 
+_MULTIPLY = _Row(("input", "other"), ("input", "other"), _elementwise)
+_UNSQUEEZE = spellings("unsqueeze")
+
 _ONE = {"beta": 1, "alpha": 1}
 _ROWS: tuple[tuple[frozenset[Any], _Reader], ...] = (
     (
@@ -312,6 +408,10 @@ _ROWS: tuple[tuple[frozenset[Any], _Reader], ...] = (
     ),
     (spellings("addmv"), _Row(("input", "mat", "vec", *_ONE), ("mat", "vec"), _fixed("ik,k->i"), "input", _ONE)),
     (frozenset({torch.linalg.multi_dot, torch.chain_matmul, torch.functional.chain_matmul}), _read_chain),
+    (spellings("mul", "multiply", "__mul__") | {operator.mul}, _read_multiply),
+    (spellings("sum"), _read_sum),
+    (spellings("diagonal"), _read_diagonal),
+    (spellings("trace"), _read_trace),
     (frozenset(_PERMUTATIONS), _read_permutation),
     (frozenset({builtins.getattr}), _read_attribute),
 )

@@ -139,7 +139,10 @@ PRODUCTS = replace(
         "einsum": 3,
         "scalar": 3,
         "sum": 2,
-        "binary": 1,
+        "binary": 2,
+        "spread": 2,
+        "reduce": 1.5,
+        "diagonal": 1,
         "turn": 3,
         "view": 1,
         "in_place": 1,
@@ -1029,6 +1032,32 @@ class Generator:
             options += [(f"{n}.mean({axis})", rest), (f"{n}.sum({axis}, dtype=torch.float64)", rest)]
         code, result = rng.choice(options)
         self._keep(code, result)
+
+    def _spread(self) -> None:
+        """A product element by element of what gets new dimensions for it, and often its sum."""
+        rng = self.random
+        a = self._pick(lambda v: v.rank >= 1)
+        b = self._pick(lambda v: v.rank in (1, 2) and v.dtype == a.dtype)
+        if b.rank == 1:
+            forms = (f"{a.name}[..., None] * {b.name}", f"{b.name} * {a.name}.unsqueeze(-1)")
+            product = self._keep(rng.choice(forms), (*a.dims, b.dims[0]))
+        elif b.dims[0] == a.dims[-1]:
+            product = self._keep(f"{a.name}[..., None] * {b.name}", (*a.dims, b.dims[1]))
+        else:
+            raise Rejected
+        if rng.random() < 0.7:
+            self._keep(f"{product.name}.sum({rng.choice((-2, product.rank - 2))})", (*a.dims[:-1], product.dims[-1]))
+
+    def _diagonal(self) -> None:
+        a = self._pick(lambda v: len(set(v.dims)) < v.rank)
+        first, second = self.random.choice(
+            [(i, j) for i in range(a.rank) for j in range(a.rank) if i != j and a.dims[i] == a.dims[j]]
+        )
+        rest = tuple(dim for axis, dim in enumerate(a.dims) if axis not in (first, second))
+        if a.rank == 2 and self.random.random() < 0.5:
+            self._keep(f"{a.name}.trace()", ())
+        else:
+            self._keep(f"{a.name}.diagonal(0, {first}, {second})", (*rest, a.dims[first]))
 
     def _join(self) -> None:
         a = self._pick(lambda v: v.rank >= 1)

@@ -107,6 +107,27 @@ _add("addmm with its scalars", lambda b, x, y: torch.addmm(b, x, y, beta=1, alph
 _add("baddbmm", torch.baddbmm, ((5, 2, 4), (5, 2, 3), (5, 3, 4)), ((4,), (5, 2, 3), (5, 3, 4)))
 _add("addmv", torch.addmv, ((2,), (2, 3), (3,)), ((), (2, 3), (3,)))
 
+_PAIRS = ((3,), (3,)), ((2, 3), (3,)), ((3,), (2, 3)), ((2, 3), (2, 3)), ((5, 1, 3), (2, 3)), ((2, 1), (1, 3))
+_PAIRS += ((2, 3), ()), ((), ()), ((1, 3), (2, 3)), ((0, 3), (3,)), ((1, 1), (1, 1))
+_add("*", operator.mul, *_PAIRS)
+_add("torch.mul", torch.mul, *_PAIRS[:3])
+_add("Tensor.mul", Tensor.mul, _PAIRS[1])
+_add("multiply", torch.multiply, _PAIRS[1])
+_add("mul by name", lambda x, y: torch.mul(x, other=y), _PAIRS[1])
+_WHOLE = ((2, 3),), ((5, 2, 3),), ((1, 3),), ((2, 0),), ((3,),)
+_add("sum", lambda x: x.sum(), *_WHOLE)
+_add("torch.sum", torch.sum, _WHOLE[0])
+_add("sum over one", lambda x: x.sum(0), *_WHOLE)
+_add("sum over the last", lambda x: x.sum(dim=-1), *_WHOLE)
+_add("torch.sum over two", lambda x: torch.sum(x, (0, -1)), *_WHOLE[:4])
+_add("sum over a list", lambda x: x.sum([-2], keepdim=False), *_WHOLE[:4])
+_SQUARE = ((3, 3),), ((1, 1),), ((0, 0),)
+_add("trace", torch.trace, *_SQUARE)
+_add("Tensor.trace", Tensor.trace, _SQUARE[0])
+_add("diagonal", torch.diagonal, *_SQUARE, ((3, 3, 2),))
+_add("Tensor.diagonal", lambda x: x.diagonal(dim1=-2, dim2=-1), _SQUARE[0], ((2, 3, 3),), ((5, 2, 1, 1),))
+_add("diagonal of others", lambda x: x.diagonal(0, 2, 0), ((3, 2, 3),))
+
 #: Calls that look like those, and are left alone.
 OTHERS: list[Case] = []
 
@@ -123,6 +144,24 @@ _other("inner of a scalar", torch.inner, (), (2, 3))
 _other("conjugated", lambda x, y: x @ y.conj(), (2, 3), (3, 4))
 _other("adjoint", lambda x, y: x @ y.mH, (2, 3), (4, 3))
 _other("matmul into memory", lambda x, y: torch.matmul(x, y, out=torch.zeros(2, 4, dtype=x.dtype)), (2, 3), (3, 4))
+_other("sum that keeps its dimension", lambda x: x.sum(0, keepdim=True), (2, 3))
+_other("sum in another type", lambda x: x.sum(0, dtype=torch.complex64), (2, 3))
+_other("diagonal beside the first", lambda x: x.diagonal(1), (3, 3))
+_other("diagonal of a long matrix", lambda x: x.diagonal(), (3, 4))
+_other("trace of a long matrix", torch.trace, (3, 4))
+_other("times a number", lambda x: x * 2, (2, 3))
+
+#: Ways to add dimensions before a product.
+NEW_DIMS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "x[:, None] * y": lambda x, y: x[:, None] * y,
+    "x[None] * y[:, None]": lambda x, y: x[None] * y[:, None],
+    "x[..., None] * y[:, None, :]": lambda x, y: x[..., None] * y[:, None, :],
+    "x[None, ..., None] * y[:, None, None, :]": lambda x, y: x[None, ..., None] * y[:, None, None, :],
+    "x.unsqueeze(-1) * y": lambda x, y: x.unsqueeze(-1) * y,
+    "x.unsqueeze(2).unsqueeze(0) * y[:, None, None]": lambda x, y: x.unsqueeze(2).unsqueeze(0) * y[:, None, None],
+    "torch.unsqueeze(x, 2) * y": lambda x, y: torch.unsqueeze(x, 2) * y,
+    "(x * y)[:, None] * y": lambda x, y: (x * y)[:, None] * y,
+}
 
 #: Permutations of three dimensions, or two.
 PERMUTATIONS: dict[str, Callable[[Tensor], Tensor]] = {

@@ -1173,6 +1173,13 @@ def hook_on_a_view(self: Any, x: Tensor) -> Any:
     return z * 2, einsum("ki,kl->il", view, self.w), y
 
 
+def hook_on_new_dims(self: Any, x: Tensor) -> Any:
+    spread = x[:, :, None]
+    early = (spread * self.w).sum(1)
+    spread.register_hook(lambda g: g * 5)
+    return early, (spread * self.w).sum(1)
+
+
 def hook_and_write(self: Any, x: Tensor) -> Any:
     y = einsum("ij,jk->ik", x, self.w)
     y.register_hook(lambda g: g * 5)
@@ -1337,6 +1344,7 @@ for name, make_hook in {
     )
 hazard("hooks of a loop on a result inside", program(hooks_of_a_loop, **WEIGHTS), arguments=with_grad)
 hazard("hook on a view used before", program(hook_on_a_view, **WEIGHTS), arguments=with_grad)
+hazard("hook on what new dimensions were added to", program(hook_on_new_dims, **WEIGHTS), arguments=with_grad)
 hazard("hook on an argument inside", program(hook_on_the_given, **WEIGHTS), arguments=with_grad)
 hazard("hook on a result without gradients inside", program(hook_without_gradients), arguments=plain)
 hazard(

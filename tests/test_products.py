@@ -11,7 +11,7 @@ import torch
 from behaviour import clone_tree, differences, observe
 from checks import traced
 from fuzzer import every_network
-from products import CASES, OTHERS, PERMUTATIONS, Case
+from products import CASES, NEW_DIMS, OTHERS, PERMUTATIONS, Case
 from torch import Tensor
 
 from lazy_einsum import OptimizedModule
@@ -52,6 +52,15 @@ def test_the_einsum_that_is_read_gives_the_values_of_the_call(case: Case, dtype:
     if product.added is not None:
         result = result + values[product.added]
     torch.testing.assert_close(result, case.call(*inputs))
+
+
+@pytest.mark.parametrize("name", NEW_DIMS)
+def test_dimensions_that_are_added_for_a_product(name: str) -> None:
+    inputs = tensors(Case("", NEW_DIMS[name], ((3, 3), (3, 3))))
+    program = traced(NEW_DIMS[name], inputs)
+    node = [node for node in program.graph.nodes if node.op.startswith("call_")][-1]
+    product = read_product(node)
+    assert product is not None and sum(map(len, product.spec.inputs)) == 4
 
 
 @pytest.mark.parametrize("case", OTHERS, ids=str)

@@ -130,6 +130,8 @@ def _terms(networks: Networks, among: Tensors, product: fx.Node) -> Iterator[_Te
     if len(networks.own[product].operands) < 2:
         return
     for place, operand in enumerate(networks.own[product].operands):
+        if operand not in product.all_input_nodes:
+            continue  # the call has a view of it
         labels = "".join(symbol(number) for number in range(len(networks.own[product].spec.inputs[place])))
         way, between, total = EinsumSpec((labels,), labels), [], operand
         while uses(total) == 1 and total in networks.own and networks.own[total].spec.is_permutation:

@@ -33,11 +33,11 @@ def join_products(
         einsum_2 = torch.einsum("a,ba->b", x, einsum_1)
         linear = torch.add(einsum_2, bias)
 
-    Products, permutations of dimensions and einsums that feed each other and nothing else are a network, by the rules
-    of ``fuse_einsums``. Where the best order for the whole of it takes clearly less time than what is there (each
-    product as it is written, einsums among each other in their own best order), or where only it keeps the memory
-    limit, all are written as einsums, and ``fuse_einsums`` makes one of them. All other products stay the calls that
-    the user wrote, to the letter.
+    Products (of matrices, or element by element), sums over dimensions, diagonals, permutations and einsums that feed
+    each other and nothing else are a network, by the rules of ``fuse_einsums``. Where the best order for the whole of
+    it takes clearly less time than what is there (each call as it is written, einsums among each other in their own
+    best order), or where only it keeps the memory limit, all are written as einsums, and ``fuse_einsums`` makes one of
+    them. All other calls stay as the user wrote them, to the letter.
 
     Requires: exact facts (without them nothing is changed). The order of float16 and bfloat16 products is the user's.
     Ensures: einsums stay as they are.
@@ -66,8 +66,14 @@ def _gains(networks: Networks, root: fx.Node, memory_limit: int | None) -> bool:
     """Whether the network of ``root`` is to be joined."""
     spec, operands = networks.whole[root]
     parts = [part for part in networks.parts[root] if not is_permutation(part)]
-    if len(operands) < 3 or all(map(is_einsum, parts)):
+    if len(operands) < 2 or len(parts) < 2 or all(map(is_einsum, parts)):
         return False
+    if len(operands) == 2 and not any(_is_matrix_product(networks.own[part].spec) for part in parts):
+        # What is multiplied element by element and summed gains where it is a product of matrices or vectors. As a
+        # batch of dot products it is slower (20,000 of length 16: 256 us for 199, with gradients 6,061 for 582).
+        first, second = spec.inputs
+        if not any(label in spec.output for label in set(first) ^ set(second)):
+            return False
     results = [known for part in parts if (known := type_of(part))]
     plan = networks.plan(spec, operands, memory_limit)
     if plan is None or len(results) < len(parts):
@@ -77,11 +83,21 @@ def _gains(networks: Networks, root: fx.Node, memory_limit: int | None) -> bool:
     return pays(plan.seconds, networks.seconds(root), _LEAST)
 
 
+def _is_matrix_product(spec: EinsumSpec) -> bool:
+    return len(spec.inputs) == 2 and not set(spec.inputs[0] + spec.inputs[1]) <= set(spec.output)
+
+
 def _write(node: fx.Node, spec: EinsumSpec, operands: Sequence[fx.Node], added: fx.Node | None) -> None:
     """Make a call an einsum, in place, and what it adds a sum behind that."""
+    before = node.all_input_nodes
     node.op, node.kwargs = "call_function", {}
     if added is None:
         node.target, node.args = torch.einsum, (str(spec.canonical()), *operands)
+        for view in before:
+            while not view.users:  # it only added dimensions for this call
+                (viewed,) = view.all_input_nodes
+                node.graph.erase_node(view)
+                view = viewed
         return
     base = facts(node)
     with node.graph.inserting_before(node):

@@ -54,6 +54,38 @@ def test_a_chain_that_ends_in_a_vector():
     assert joined(lambda a, b, c, v: (a @ b @ c) @ v, A, B, C, V) == ["ab,bc->ac", "ab,bc->ac", "ab,b->a"]
 
 
+@pytest.mark.parametrize(
+    ("program", "equations"),
+    [
+        (lambda a, b: (a[:, :, None] * b).sum(1), ["ab,bc->abc", "abc->ac"]),
+        (lambda a, b: (a.unsqueeze(1) * b[None]).sum(dim=-1), ["ab,cb->acb", "abc->ab"]),
+        (lambda a, b: (a @ b).diagonal(), ["ab,bc->ac", "aa->a"]),
+        (lambda a, b: (a @ b).trace(), ["ab,bc->ac", "aa->"]),
+        (lambda a, b: (a @ b).sum(0), ["ab,bc->ac", "ab->b"]),
+        (lambda a, b: ((a @ b) * a).sum() * 2, []),  # no order takes fewer products
+        (lambda a, b: (a * b).sum(-1), []),  # a batch of dot products
+        (lambda a, b: (a * b.T).sum(), []),
+        (lambda a, b: (a[:, :, None] * b).sum(1, keepdim=True), []),
+        (lambda a, b: (a[:, :, None] * b).exp().sum(1), []),
+    ],
+)
+def test_products_element_by_element_and_sums(program, equations):
+    assert joined(program, A, B) == equations
+
+
+def test_a_view_that_adds_dimensions_goes_with_its_only_use():
+    def program(a, b):
+        return (a[:, :, None] * b).sum(1)
+
+    assert lines(planned(traced(program, (A, B)).graph)) == ["mm = x0.mm(x1)", "return mm"]
+
+    def kept(a, b):
+        view = a[:, :, None]
+        return view, (view * b).sum(1), (b[None] * b.unsqueeze(0).mul_(2)).sum(1)
+
+    check_pass(planned, kept, A, tensor(N, N, grad=False))
+
+
 def test_its_calls():
     def program(a, b, c, v):
         return (a @ b @ c) @ v
