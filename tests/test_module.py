@@ -618,7 +618,7 @@ def test_a_parametrization_of_the_wrapper_is_refused() -> None:
     wrapper = OptimizedModule(nn.Linear(4, 3))
     with pytest.raises(TypeError, match=r"parametrize, its \.module"):
         nn.utils.parametrizations.weight_norm(wrapper)
-    assert type(wrapper) is OptimizedModule and type(wrapper.module) is nn.Linear
+    assert isinstance(wrapper, OptimizedModule) and type(wrapper.module) is nn.Linear
     nn.utils.parametrizations.weight_norm(OptimizedModule(nn.Linear(4, 3)).module)
 
 
