@@ -126,10 +126,6 @@ class OptimizedModule(nn.Module):
 
     module: Any
 
-    def __new__(cls, module: Any = None, *args: Any, **kwargs: Any) -> OptimizedModule:
-        """An instance of a subclass, whose ``forward`` shows the arguments of the module's."""
-        return super().__new__(_shows_arguments(cls, module))
-
     def __init__(
         self,
         module: nn.Module | Callable[..., Any],
@@ -178,6 +174,8 @@ class OptimizedModule(nn.Module):
             "saved_limit": saved_limit,
         }
         own: dict[str, Any] = {"module": module, "_settings": settings, "_dispatcher": _dispatcher(settings)}
+        # Not in __new__, which would hide the options from those who ask for the signature of the class.
+        object.__setattr__(self, "__class__", _shows_arguments(type(self), module))
         # In place of nn.Module.__init__, which would set the child's mode to training through the property below.
         self.__dict__.update((name, value) for name, value in nn.Module().__dict__.items() if name != "training")
         self.__dict__.update(own)
