@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 
 from . import cost
+from .backward import arrival_seconds, backward
 from .layout import (
     Layout,
     Sizes,
@@ -116,9 +117,11 @@ def _lower(
     for term, type_ in zip(spec.inputs, types, strict=True):
         dims = [label if size != 1 else "" for label, size in zip(term, type_.shape, strict=True)]
         operands.append(_operand(dims, type_.stride))
-    context = Context(sizes, types[0].dtype, any(type_.requires_grad for type_ in types))
-    saving = _Saving(saved_price, [type_.requires_grad for type_ in types]) if saved_price else None
-    choices = _choose(context, steps, [operand.layout for operand in operands], wanted, contiguous, saving)
+    context = Context(sizes, types[0].dtype)
+    follows = [type_.requires_grad for type_ in types]
+    layouts = [operand.layout for operand in operands]
+    saving = _Saving(saved_price) if saved_price else None
+    choices = _choose(context, steps, layouts, wanted, contiguous, follows, saving)
     return _write(context, steps, operands, choices, wanted, contiguous, scale)
 
 
@@ -171,11 +174,9 @@ class _Saving(NamedTuple):
 
     Attributes:
         price: seconds per element.
-        follows: for each operand whether autograd follows it.
     """
 
     price: float
-    follows: list[bool]
 
     def copies(self, context: Context, layout: Layout) -> list[_Choice]:
         """A copy of an operand, to be saved in place of one that lies in more memory than it has elements."""
@@ -218,11 +219,13 @@ def _choose(
     operands: Sequence[Layout],
     wanted: tuple[str, ...],
     contiguous: bool,
+    follows: Sequence[bool],
     saving: _Saving | None,
 ) -> list[list[_Choice]]:
     """For each value of the plan the layouts worth keeping, cheapest first."""
     choices = [[_Choice(layout, 0.0), *(saving.copies(context, layout) if saving else ())] for layout in operands]
-    follows = list(saving.follows) if saving else []
+    follows = list(follows)
+    sizes = context.sizes
     keep = next(kept for limit, kept in _LAYOUTS if len(steps) <= limit)
     hints = _hints(steps, operands, wanted)
     for number, step in enumerate(steps):
@@ -230,14 +233,26 @@ def _choose(
         # Results that lie in memory alike are the same to the consumer, whatever the order of their dimensions.
         best: dict[tuple[tuple[str, int], ...], _Choice] = {}
         left, right = step.operands
-        if saving:
-            follows.append(follows[left] or follows[right])
+        followed = follows[left], follows[right]
+        follows.append(any(followed))
         for i, a in enumerate(choices[left]):
             for j, b in enumerate(choices[right]):
                 one, two, spent = after_sums(context, a.layout, b.layout, step.spec.output)
                 spent += a.seconds + b.seconds
+                arrivals: dict[tuple[int, Layout], float] = {}
                 for way in ways(context, one, two, step.spec.output, hints[number]):
                     total = spent + way.seconds
+                    if any(followed):
+                        seconds, gradients = backward(way, followed, sizes)
+                        total += seconds
+                        for side, gradient in enumerate(gradients):
+                            inner = (a, b)[side].way
+                            if gradient is None or inner is None:
+                                continue
+                            key = side, gradient
+                            if key not in arrivals:
+                                arrivals[key] = arrival_seconds(inner, gradient, sizes)
+                            total += arrivals[key]
                     if saving:
                         given = [
                             (summed, number < len(operands) and summed is choice.layout and not index, follows[number])
@@ -246,7 +261,7 @@ def _choose(
                         total += saving.seconds(context, way, given)
                     if last:
                         total += _finish_seconds(context, way.result, wanted, contiguous)
-                    place = tuple(sorted(label_strides(way.result, context.sizes).items()))
+                    place = tuple(sorted(label_strides(way.result, sizes).items()))
                     known = best.get(place)
                     if known is None or total < known.seconds:
                         best[place] = _Choice(way.result, total, way, (i, j))

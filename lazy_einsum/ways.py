@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -45,12 +45,10 @@ class Context(NamedTuple):
     Attributes:
         sizes: size of each label.
         dtype: of the operands.
-        grad: whether gradients will be asked for.
     """
 
     sizes: Sizes
     dtype: torch.dtype
-    grad: bool
 
 
 class Way(NamedTuple):
@@ -65,6 +63,8 @@ class Way(NamedTuple):
             summed (``multiply and sum``).
         result: what comes out.
         seconds: modelled time of all of it.
+        strides: of both operands as the kernel takes them.
+        calls: how many calls make each operand that.
         flips: which operands are copied with the last two groups exchanged, and viewed with them exchanged back.
         copy_first: the first operand is copied to be contiguous along the summed labels.
     """
@@ -76,6 +76,8 @@ class Way(NamedTuple):
     over: str
     result: Layout
     seconds: float
+    strides: tuple[tuple[int, ...], tuple[int, ...]]
+    calls: tuple[int, int]
     flips: tuple[bool, bool] = (False, False)
     copy_first: bool = False
 
@@ -151,7 +153,7 @@ def ways(context: Context, a: Layout, b: Layout, output: str, hint: str) -> Iter
                         yield _product_way(context, swap, x, y, sx, sy, order, row, column, along)
                         if not order and 1 < product(row, sizes) < THIN and sx[along[-1]] != 1:
                             yield _product_way(context, swap, x, y, sx, sy, "", row, column, along, copy_first=True)
-        if not batch and context.dtype is not torch.bool and not context.grad:
+        if not batch and context.dtype is not torch.bool:
             yield from _loop_ways(context, swap, x, y, sx, sy, m, n, sums)
 
 
@@ -176,8 +178,6 @@ def _loop_ways(
 ) -> Iterator[Way]:
     """Labels of the first operand that lie outside the summed ones in memory become a batch over which the second
     operand is expanded: no copy where rows on both sides of the sum can't be merged.
-
-    Not under autograd: the gradient of an expanded operand is first made for each of the batch, then summed.
     """
     for along in sums:
         limit = max(sx[label] for label in along)
@@ -219,12 +219,12 @@ def _product_way(
         dims = (batch + loop, *dims)
         first = first if loop and expand_first else (batch + loop, *first)
         second = second if loop and not expand_first else (batch + loop, *second)
-    left, right = _matrix(x, first, sx, sizes, naive), _matrix(y, second, sy, sizes, naive)
+    left, right = matrix_view(x, first, sx, sizes, naive), matrix_view(y, second, sy, sizes, naive)
     if copy_first:
         # Few rows are cheap to bring into the order in which their product is fast.
         launches = cost.CPU.launch * (1 + count_calls(x, first))
         copied = copy_seconds("".join(first), sx, sizes)
-        left = _Matrix(launches + copied, contiguous_layout(first, sizes).strides, False)
+        left = Matrix(launches + copied, contiguous_layout(first, sizes).strides, left.calls)
     along = right.strides[len(second) - 2] if len(second) > 1 else 1
     seconds = left.seconds + right.seconds + cost.CPU.launch * bool(loop)
     seconds += cost.product_seconds(b, m, n, k, left.strides[-1] == 1, along == 1)
@@ -232,34 +232,42 @@ def _product_way(
         # Products of integers run in plain loops of any size.
         seconds += b * m * n * k * 0.8e-9
     result = contiguous_layout(dims, sizes)
-    return Way("product", swap, first, second, loop, result, seconds, (left.flip, right.flip), copy_first)
+    strides, calls = (left.strides, right.strides), (left.calls, right.calls)
+    return Way(
+        "product", swap, first, second, loop, result, seconds, strides, calls, (left.flip, right.flip), copy_first
+    )
 
 
-class _Matrix(NamedTuple):
+class Matrix(NamedTuple):
     """An operand of a matrix product.
 
     Attributes:
         seconds: time to view it as a matrix or a batch of them, or to copy it.
         strides: its strides then.
+        calls: how many calls that takes, copies apart.
         flip: it is copied with the last two dimensions exchanged, and viewed with them exchanged back.
     """
 
     seconds: float
     strides: tuple[int, ...]
-    flip: bool
+    calls: int
+    flip: bool = False
 
 
-def _matrix(layout: Layout, groups: tuple[str, ...], strides: dict[str, int], sizes: Sizes, naive: bool) -> _Matrix:
+def matrix_view(
+    layout: Layout, groups: tuple[str, ...], strides: dict[str, int], sizes: Sizes, naive: bool
+) -> Matrix:
     """A view where one exists with a contiguous dimension in the matrix: else the product would copy it itself."""
-    launches = cost.CPU.launch * count_calls(layout, groups)
+    calls = count_calls(layout, groups)
+    launches = cost.CPU.launch * calls
     found = group_strides(groups, strides, sizes)
     if found is not None:
         shape = shape_of(groups[-2:], sizes)
         inner = found[-2:]
         if naive or len(shape) < 2 or 1 in shape:
-            return _Matrix(launches, found, False)
+            return Matrix(launches, found, calls)
         if (inner[1] == 1 and inner[0] >= shape[1]) or (inner[0] == 1 and inner[1] >= shape[0]):
-            return _Matrix(launches, found, False)
+            return Matrix(launches, found, calls)
     straight = launches + copy_seconds("".join(groups), strides, sizes)
     if len(groups) > 1 and groups[-1] and groups[-2]:
         other = flipped(groups)
@@ -267,8 +275,8 @@ def _matrix(layout: Layout, groups: tuple[str, ...], strides: dict[str, int], si
         # Also where a view exists, as the product's own copy is the straight one.
         if crossed + cost.CPU.launch < straight:
             *outer, row, column = contiguous_layout(other, sizes).strides
-            return _Matrix(crossed + cost.CPU.launch, (*outer, column, row), True)
-    return _Matrix(straight, found or contiguous_layout(groups, sizes).strides, False)
+            return Matrix(crossed + cost.CPU.launch, (*outer, column, row), calls + 1, True)
+    return Matrix(straight, found or contiguous_layout(groups, sizes).strides, calls)
 
 
 def flipped(groups: tuple[str, ...]) -> tuple[str, ...]:
@@ -276,7 +284,7 @@ def flipped(groups: tuple[str, ...]) -> tuple[str, ...]:
     return (*groups[:-2], groups[-1], groups[-2])
 
 
-def _walk_seconds(order: str, tensors: Sequence[dict[str, int]], sizes: Sizes) -> float:
+def walk_order_seconds(order: str, tensors: Sequence[Mapping[str, int]], sizes: Sizes) -> float:
     """Time of an elementwise call that walks the labels in this order."""
     loops = merged_loops(order, tensors, sizes) or [1]
     elements = math.prod(loops)
@@ -293,7 +301,7 @@ def _walk_seconds(order: str, tensors: Sequence[dict[str, int]], sizes: Sizes) -
 
 def copy_seconds(order: str, strides: dict[str, int], sizes: Sizes) -> float:
     """Time to copy a tensor so that it is contiguous when its labels are walked in this order."""
-    return _walk_seconds(order, (strides,), sizes)
+    return walk_order_seconds(order, (strides,), sizes)
 
 
 def _multiply_ways(
@@ -321,6 +329,7 @@ def _multiply_ways(
     elements = product(orders[0], sizes)
     for order in orders:
         first, second = _aligned(order, a), _aligned(order, b)
+        calls = count_calls(a, first), count_calls(b, second)
         runs = [
             contiguous_run("".join(label for label in order if label in strides), strides, sizes)
             for strides in (sa, sb)
@@ -329,8 +338,9 @@ def _multiply_ways(
         swap = counts[1] * min(runs[1], 16) > counts[0] * min(runs[0], 16)
         x, y = (second, first) if swap else (first, second)
         sx, sy = (sb, sa) if swap else (sa, sb)
+        calls = (calls[1], calls[0]) if swap else calls
         result = _broadcast(order, [(x, sx), (y, sy)], sizes)
-        seconds = cost.CPU.launch * (count_calls(a, first) + count_calls(b, second))
+        seconds = cost.CPU.launch * sum(calls)
         strides = label_strides(result, sizes)
         yield Way(
             "multiply",
@@ -339,15 +349,23 @@ def _multiply_ways(
             y,
             "",
             result,
-            seconds + _walk_seconds(memory_order(order, strides), (sa, sb, strides), sizes),
+            seconds + walk_order_seconds(memory_order(order, strides), (sa, sb, strides), sizes),
+            (_group_strides(x, sx), _group_strides(y, sy)),
+            calls,
         )
         wanted = contiguous_layout(tuple(order), sizes)
         if result != wanted and 4 * max(counts) <= elements:
             own = ["".join(label for label in order if label in strides) for strides in (sa, sb)]
             seconds += copy_seconds(own[0], sa, sizes) + copy_seconds(own[1], sb, sizes)
             copied = [label_strides(contiguous_layout(tuple(labels), sizes), sizes) for labels in own]
-            seconds += _walk_seconds(order, (*copied, label_strides(wanted, sizes)), sizes)
-            yield Way("copy and multiply", swap, x, y, "", wanted, seconds)
+            seconds += walk_order_seconds(order, (*copied, label_strides(wanted, sizes)), sizes)
+            cx, cy = reversed(copied) if swap else copied
+            taken = _group_strides(x, cx), _group_strides(y, cy)
+            yield Way("copy and multiply", swap, x, y, "", wanted, seconds, taken, calls)
+
+
+def _group_strides(groups: tuple[str, ...], strides: dict[str, int]) -> tuple[int, ...]:
+    return tuple(strides[group] if group else 1 for group in groups)
 
 
 def _aligned(order: str, layout: Layout) -> tuple[str, ...]:
@@ -365,7 +383,7 @@ def _broadcast(order: str, operands: Sequence[tuple[tuple[str, ...], dict[str, i
     shape = shape_of(order, sizes)
     described = []
     for groups, strides in operands:
-        described.append((shape_of(groups, sizes), tuple(strides[group] if group else 1 for group in groups)))
+        described.append((shape_of(groups, sizes), _group_strides(groups, strides)))
     return Layout(tuple(order), elementwise_strides(shape, described))
 
 
@@ -385,8 +403,11 @@ def _multiply_sum_way(
     order = batch + outer + summed + inner
     first, second = _aligned(order, a), _aligned(order, b)
     whole = label_strides(contiguous_layout(tuple(order), sizes), sizes)
-    seconds = _walk_seconds(order, (sa, sb, whole), sizes)
+    seconds = walk_order_seconds(order, (sa, sb, whole), sizes)
     seconds += cost.sum_seconds(elements, elements // max(product(summed, sizes), 1), not inner)
-    seconds += cost.CPU.launch * (count_calls(a, first) + count_calls(b, second))
+    calls = count_calls(a, first), count_calls(b, second)
+    seconds += cost.CPU.launch * sum(calls)
     dims = tuple(label for label in order if label not in summed)
-    return Way("multiply and sum", False, first, second, summed, contiguous_layout(dims, sizes), seconds)
+    result = contiguous_layout(dims, sizes)
+    strides = _group_strides(first, sa), _group_strides(second, sb)
+    return Way("multiply and sum", False, first, second, summed, result, seconds, strides, calls)

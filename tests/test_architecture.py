@@ -32,6 +32,7 @@ RANKS = {
     "search": 2,
     "plan": 3,
     "ways": 3,
+    "backward": 3.5,
     "ambient": 2,
     "layout": 2,
     "surroundings": 2,

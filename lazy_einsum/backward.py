@@ -1,0 +1,142 @@
+"""What the backward pass of a way to contract two tensors costs, and in which layouts its gradients come.
+
+Autograd differentiates the calls of a way one by one, each by a rule of its own, so what is cheap forward may be dear
+backward: a gradient has narrow rows, or comes in an order that no view brings to that of the step before; a product
+that broadcasts is summed back.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from . import cost
+from .layout import Layout, Sizes, contiguous_layout, label_strides, memory_order, product, shape_of
+from .ways import Way, copy_seconds, matrix_view, walk_order_seconds
+
+_CALL = 2 * cost.CPU.launch
+"""Seconds of one node of the backward pass: autograd's own work, and a call of torch."""
+
+
+class Backward(NamedTuple):
+    """The backward pass of one way.
+
+    Attributes:
+        seconds: modelled time, the gradient of the result coming as the result lies.
+        gradients: how the gradients of the first and of the second operand of the step come; ``None`` where autograd
+            does not follow one.
+    """
+
+    seconds: float
+    gradients: tuple[Layout | None, Layout | None]
+
+
+def backward(way: Way, follows: tuple[bool, bool], sizes: Sizes) -> Backward:
+    """The backward pass of a way.
+
+    Args:
+        way: how a step is done.
+        follows: whether autograd follows its first and its second operand.
+        sizes: size of each label.
+    """
+    x, y = (follows[1], follows[0]) if way.swap else follows
+    if way.kind == "product":
+        seconds, gradients = _of_product(way, (x, y), sizes)
+    else:
+        seconds, gradients = _of_multiply(way, (x, y), sizes)
+    for followed, calls in zip((x, y), way.calls, strict=True):
+        seconds += followed * calls * _CALL
+    return Backward(seconds, (gradients[1], gradients[0]) if way.swap else gradients)
+
+
+def arrival_seconds(way: Way, gradient: Layout, sizes: Sizes) -> float:
+    """Seconds to bring the gradient of a way's result from the layout that it comes in to one that can be used."""
+    strides = label_strides(gradient, sizes)
+    for label in way.result.labels:
+        # The gradient of a sum is expanded.
+        strides.setdefault(label, 0)
+    if way.kind == "product":
+        return matrix_view(gradient, way.result.dims, strides, sizes, False).seconds
+    own = label_strides(way.result, sizes)
+    order = memory_order(way.result.labels, own)
+    if all(strides[label] == own[label] for label in order):
+        return 0.0
+    # Elementwise calls take any layout, only not as fast.
+    return copy_seconds(order, strides, sizes)
+
+
+_Gradients = tuple[Layout | None, Layout | None]
+
+
+def _of_product(way: Way, follows: tuple[bool, bool], sizes: Sizes) -> tuple[float, _Gradients]:
+    """Products with the transposed operands."""
+    batched = len(way.result.dims) == 3
+    batch = way.result.dims[0] if batched else ""
+    # An operand that is expanded to be a batch has two groups only.
+    expanded = tuple(batched and len(groups) == 2 for groups in (way.first, way.second))
+    rows, summed = ("", *way.first)[-2:] if not batched and len(way.first) == 1 else way.first[-2:]
+    columns = way.second[-1] if batched or len(way.second) == 2 else ""
+    b, m, n, k = shape_of((batch, rows, columns, summed), sizes)
+    first, second = way.strides
+    x_across = len(first) > 1 and first[-2] == 1
+    y_across = len(second) > 1 and second[-1] == 1
+    seconds = 0.0
+    gradients: list[Layout | None] = [None, None]
+    # The gradient of a matrix that lies column by column comes so too, but only of the product of two.
+    matrices = not batched and len(first) == len(second) == 2
+    if follows[0]:
+        if matrices and first == (1, m):
+            seconds += cost.product_seconds(1, k, m, n, y_across, True)
+            groups: tuple[str, ...] = (summed, rows)
+        else:
+            seconds += cost.product_seconds(b, m, k, n, True, y_across)
+            groups = (batch, rows, summed)
+        seconds += _CALL
+        if expanded[0]:
+            seconds += cost.sum_seconds(b * m * k, m * k, False)
+            groups = (rows, summed)
+        gradients[0] = contiguous_layout(tuple(group for group in groups if group), sizes)
+    if follows[1]:
+        if matrices and second == (1, k):
+            seconds += cost.product_seconds(1, n, k, m, False, x_across)
+            groups = (columns, summed)
+        else:
+            seconds += cost.product_seconds(b, k, n, m, x_across, False)
+            groups = (batch, summed, columns)
+        seconds += _CALL
+        if expanded[1]:
+            seconds += cost.sum_seconds(b * k * n, k * n, False)
+            groups = (summed, columns)
+        gradients[1] = contiguous_layout(tuple(group for group in groups if group), sizes)
+    return seconds, (gradients[0], gradients[1])
+
+
+def _of_multiply(way: Way, follows: tuple[bool, bool], sizes: Sizes) -> tuple[float, _Gradients]:
+    """For each operand a product with the other of all elements, summed over the labels that the operand lacks."""
+    rank = max(len(way.first), len(way.second))
+    first, second = (("",) * (rank - len(groups)) + groups for groups in (way.first, way.second))
+    walked = "".join(one or other for one, other in zip(first, second, strict=True))
+    result = label_strides(way.result, sizes)
+    # What was summed is expanded.
+    arrives = {label: result.get(label, 0) for label in walked}
+    own = label_strides(contiguous_layout(tuple(walked), sizes), sizes) if way.over else result
+    order = memory_order(walked, own)
+    operands = [
+        {group: stride for group, stride in zip(groups, strides, strict=True) if group}
+        for groups, strides in zip((way.first, way.second), way.strides, strict=True)
+    ]
+    elements = product(order, sizes)
+    seconds = 0.0
+    gradients: list[Layout | None] = [None, None]
+    for place in (0, 1):
+        if not follows[place]:
+            continue
+        labels = operands[place].keys()
+        seconds += _CALL + walk_order_seconds(order, (arrives, operands[1 - place], own), sizes)
+        if len(labels) == len(order):
+            gradients[place] = contiguous_layout(tuple(order), sizes)
+            continue
+        # A sum is contiguous, whatever the order of what is summed.
+        kept = tuple(label for label in walked if label in labels)
+        seconds += cost.sum_seconds(elements, product("".join(kept), sizes), order[-1] not in labels)
+        gradients[place] = contiguous_layout(kept, sizes)
+    return seconds, (gradients[0], gradients[1])
