@@ -12,6 +12,7 @@ from torch.overrides import handle_torch_function, has_torch_function
 
 from .errors import EquationError
 from .kernels import lower_plan
+from .layout import Strides
 from .plan import make_plan
 from .program import compile_program
 from .saved import SAVED_LIMIT, Written, WrittenNetwork, lower_saving, plan_saving
@@ -145,10 +146,10 @@ def _prepare(
     memory = shared or tuple(range(len(parts)))
     plan, limit = plan_saving(WrittenNetwork(Written.plain(spec), spec, tuple(types), memory), SAVED_LIMIT)
     text = equation if isinstance(equation, str) and equation.isascii() else str(spec.canonical())
-    contiguous = _eager_is_contiguous(text, spec, types)
+    strides = Strides.contiguous(spec.output_shape(shapes)) if _eager_is_contiguous(text, spec, types) else None
     if limit is None:
-        return compile_program(lower_plan(plan, types, contiguous))
-    return compile_program(lower_saving(plan, types, memory, limit.elements, contiguous))
+        return compile_program(lower_plan(plan, types, strides))
+    return compile_program(lower_saving(plan, types, memory, limit.elements, strides))
 
 
 def _eager_is_contiguous(text: str, spec: EinsumSpec, types: Sequence[TensorType]) -> bool:

@@ -18,6 +18,7 @@ from .backward import arrival_seconds, backward
 from .layout import (
     Layout,
     Sizes,
+    Strides,
     contiguous_layout,
     count_calls,
     elementwise_strides,
@@ -55,7 +56,7 @@ _FREE_ALPHA = 4096
 
 
 def lower(
-    spec: EinsumSpec, types: Sequence[TensorType], contiguous: bool = False, scale: complex | None = None
+    spec: EinsumSpec, types: Sequence[TensorType], strides: Strides | None = None, scale: complex | None = None
 ) -> Program:
     """The calls for an einsum of one or two operands.
 
@@ -65,7 +66,7 @@ def lower(
     Args:
         spec: the einsum.
         types: the operands' types; shape, strides, dtype and ``requires_grad`` are read.
-        contiguous: the result must be contiguous.
+        strides: what is asked of the result's strides, if anything is.
         scale: factor of the result, applied where that takes the fewest elements.
 
     Raises:
@@ -76,13 +77,13 @@ def lower(
         raise ValueError(f"lower takes an einsum of one or two operands, got {spec}; make a plan and use lower_plan")
     shapes = tuple(tuple(type_.shape) for type_ in types)
     step = Contraction(tuple(range(len(types))), spec, shapes, spec.output_shape(shapes), 0)
-    return _lower(spec, (step,), types, contiguous, scale)
+    return _lower(spec, (step,), types, strides, scale)
 
 
 def lower_plan(
     plan: Plan,
     types: Sequence[TensorType],
-    contiguous: bool = False,
+    strides: Strides | None = None,
     scale: complex | None = None,
     saved_price: float = 0.0,
 ) -> Program:
@@ -94,24 +95,24 @@ def lower_plan(
     Args:
         plan: the plan.
         types: types of the plan's operands, as for ``lower``.
-        contiguous: the result must be contiguous.
+        strides: what is asked of the result's strides, if anything is.
         scale: factor of the result.
         saved_price: seconds that each element costs that autograd saves for the backward pass.
     """
-    return _lower(plan.spec, plan.steps, types, contiguous, scale, saved_price)
+    return _lower(plan.spec, plan.steps, types, strides, scale, saved_price)
 
 
 def _lower(
     spec: EinsumSpec,
     steps: Sequence[Contraction],
     types: Sequence[TensorType],
-    contiguous: bool,
+    strides: Strides | None,
     scale: complex | None,
     saved_price: float = 0.0,
 ) -> Program:
     sizes = spec.sizes([type_.shape for type_ in types])
     if len(types) == 1:
-        return _lower_single(spec, types[0], sizes, contiguous, scale)
+        return _lower_single(spec, types[0], sizes, strides, scale)
     wanted = tuple(label if sizes[label] != 1 else "" for label in spec.output)
     operands = []
     for term, type_ in zip(spec.inputs, types, strict=True):
@@ -121,8 +122,8 @@ def _lower(
     follows = [type_.requires_grad for type_ in types]
     layouts = [operand.layout for operand in operands]
     saving = _Saving(saved_price) if saved_price else None
-    choices = _choose(context, steps, layouts, wanted, contiguous, follows, saving)
-    return _write(context, steps, operands, choices, wanted, contiguous, scale)
+    choices = _choose(context, steps, layouts, wanted, strides, follows, saving)
+    return _write(context, steps, operands, choices, wanted, strides, scale)
 
 
 class _Operand(NamedTuple):
@@ -218,7 +219,7 @@ def _choose(
     steps: Sequence[Contraction],
     operands: Sequence[Layout],
     wanted: tuple[str, ...],
-    contiguous: bool,
+    strides: Strides | None,
     follows: Sequence[bool],
     saving: _Saving | None,
 ) -> list[list[_Choice]]:
@@ -227,7 +228,7 @@ def _choose(
     follows = list(follows)
     sizes = context.sizes
     keep = next(kept for limit, kept in _LAYOUTS if len(steps) <= limit)
-    hints = _hints(steps, operands, wanted)
+    hints = _hints(steps, operands, _order(wanted, strides, sizes))
     for number, step in enumerate(steps):
         last = number == len(steps) - 1
         # Results that lie in memory alike are the same to the consumer, whatever the order of their dimensions.
@@ -260,7 +261,7 @@ def _choose(
                         ]
                         total += saving.seconds(context, way, given)
                     if last:
-                        total += _finish_seconds(context, way.result, wanted, contiguous)
+                        total += _finish_seconds(context, way, wanted, strides, any(followed))
                     place = tuple(sorted(label_strides(way.result, sizes).items()))
                     known = best.get(place)
                     if known is None or total < known.seconds:
@@ -268,6 +269,11 @@ def _choose(
         ranked = sorted(best.values(), key=lambda choice: choice.seconds)
         choices.append(ranked[: 1 if last else keep])
     return choices
+
+
+def _order(wanted: tuple[str, ...], strides: Strides | None, sizes: Sizes) -> tuple[str, ...]:
+    """The dimensions of the result, outermost in memory first, as far as that is asked for."""
+    return wanted if strides is None else tuple(wanted[dim] for dim in strides.order(shape_of(wanted, sizes)))
 
 
 def _hints(steps: Sequence[Contraction], operands: Sequence[Layout], wanted: tuple[str, ...]) -> list[str]:
@@ -288,15 +294,29 @@ def _hints(steps: Sequence[Contraction], operands: Sequence[Layout], wanted: tup
     return hints
 
 
-def _finish_seconds(context: Context, result: Layout, wanted: tuple[str, ...], contiguous: bool) -> float:
-    """Time to bring the result into the order that was asked for."""
+def _finish_seconds(
+    context: Context, way: Way, wanted: tuple[str, ...], strides: Strides | None, follows: bool
+) -> float:
+    """Time to bring the result of a way into the order that was asked for, and its gradient back if autograd follows:
+    gradients are taken to lie as what they are gradients of.
+    """
     sizes = context.sizes
-    strides = label_strides(result, sizes)
-    seconds = cost.CPU.launch * count_calls(result, wanted)
-    order = "".join(wanted)
-    if contiguous and not is_contiguous(shape_of(order, sizes), [strides[label] for label in order]):
-        seconds += copy_seconds(order, strides, sizes)
+    seconds = cost.CPU.launch * count_calls(way.result, wanted)
+    if not _is_finished(way.result, wanted, strides, sizes):
+        order = _order(wanted, strides, sizes)
+        seconds += copy_seconds("".join(order), label_strides(way.result, sizes), sizes)
+        if follows:
+            seconds += arrival_seconds(way, contiguous_layout(order, sizes), sizes)
     return seconds
+
+
+def _is_finished(result: Layout, wanted: tuple[str, ...], strides: Strides | None, sizes: Sizes) -> bool:
+    """Whether a view of a result is all that is asked for."""
+    if strides is None:
+        return True
+    own = group_strides(wanted, label_strides(result, sizes), sizes)
+    assert own is not None
+    return strides.allow(shape_of(wanted, sizes), own)
 
 
 # --- writing ----------------------------------------------------------------------------------------------------------
@@ -393,6 +413,14 @@ class _Writer:
             return value
         return self.call("contiguous", value, layout=contiguous_layout(layout.dims, self.sizes))
 
+    def finish(self, value: int, wanted: tuple[str, ...], strides: Strides | None) -> int:
+        """Arrange the result, and copy it where its strides will not do."""
+        if _is_finished(self.layouts[value], wanted, strides, self.sizes):
+            return self.arrange(value, wanted)
+        order = _order(wanted, strides, self.sizes)
+        value = self.contiguous(self.arrange(value, order))
+        return value if order == wanted else self.arrange(value, wanted)
+
     def program(self, value: int, seconds: float) -> Program:
         """The program whose result is ``value``, the last one."""
         layout = self.layouts[value]
@@ -405,7 +433,7 @@ class _Writer:
 
 
 def _lower_single(
-    spec: EinsumSpec, type_: TensorType, sizes: Sizes, contiguous: bool, scale: complex | None
+    spec: EinsumSpec, type_: TensorType, sizes: Sizes, strides: Strides | None, scale: complex | None
 ) -> Program:
     """A single operand: diagonals, a sum, a permutation.
 
@@ -417,11 +445,10 @@ def _lower_single(
     value = writer.diagonals(0, operand)
     if spec.summed:
         value = writer.sum(value, spec.summed)
-    value = writer.arrange(value, tuple(spec.output))
+    wanted = tuple(spec.output)
     if scale is not None:
-        value = writer.scaled(value, scale)
-    if contiguous:
-        value = writer.contiguous(value)
+        value = writer.scaled(writer.arrange(value, wanted), scale)
+    value = writer.finish(value, wanted, strides)
     before, after = math.prod(type_.shape), product(spec.output, sizes)
     return writer.program(value, cost.sum_seconds(before, after, False) if spec.summed else cost.CPU.launch)
 
@@ -432,7 +459,7 @@ def _write(
     operands: Sequence[_Operand],
     choices: Sequence[Sequence[_Choice]],
     wanted: tuple[str, ...],
-    contiguous: bool,
+    strides: Strides | None,
     scale: complex | None,
 ) -> Program:
     n = len(operands)
@@ -468,9 +495,7 @@ def _write(
     result = values[-1]
     if place == _Place("value", len(values) - 1):
         result = writer.scaled(result, scale)
-    result = writer.arrange(result, wanted)
-    if contiguous:
-        result = writer.contiguous(result)
+    result = writer.finish(result, wanted, strides)
     return writer.program(result, choices[-1][0].seconds)
 
 

@@ -61,6 +61,50 @@ def is_contiguous(shape: Sequence[int], strides: Sequence[int]) -> bool:
     return True
 
 
+class Strides(NamedTuple):
+    """What is asked of the strides of a result.
+
+    Attributes:
+        stride: strides of a dense tensor.
+        exact: the result has these strides; else whatever view there is of a tensor with these, there is of the result:
+            dimensions that lie together there do so here.
+    """
+
+    stride: tuple[int, ...]
+    exact: bool = True
+
+    @classmethod
+    def contiguous(cls, shape: Sequence[int]) -> Strides:
+        """Those of a contiguous result."""
+        return cls(contiguous_strides(shape))
+
+    def allow(self, shape: Sequence[int], stride: Sequence[int]) -> bool:
+        """Whether a result with ``stride`` will do.
+
+        >>> Strides((2, 1, 4), exact=False).allow((4, 2, 3), (6, 3, 1))
+        False
+        >>> Strides((2, 1, 8), exact=False).allow((4, 2, 3), (2, 1, 8)), Strides((1, 4)).allow((4, 2), (2, 1))
+        (True, False)
+        """
+        if 0 in shape:
+            return True
+        dims = [dim for dim in zip(shape, stride, self.stride, strict=True) if dim[0] != 1]
+        if self.exact:
+            return all(own == asked for _, own, asked in dims)
+        if dims and dims[-1][2] == 1 != dims[-1][1]:
+            return False
+        return not any(
+            asked == size * inner_asked and own != size * inner_own
+            for (_, own, asked), (size, inner_own, inner_asked) in itertools.pairwise(dims)
+        )
+
+    def order(self, shape: Sequence[int]) -> tuple[int, ...]:
+        """The dimensions, outermost in memory first; of two with one stride, that of size 1 is the inner one."""
+        if is_contiguous(shape, self.stride):
+            return tuple(range(len(shape)))
+        return tuple(sorted(range(len(shape)), key=lambda dim: (-self.stride[dim], shape[dim] == 1, dim)))
+
+
 def label_strides(layout: Layout, sizes: Sizes) -> dict[str, int]:
     """Stride of each label of a layout.
 

@@ -16,6 +16,7 @@ from . import ambient as ambient_module
 from .decompose import eager_calls
 from .graph import EVERYTHING, facts, type_of
 from .kernels import lower_plan
+from .layout import Strides
 from .plan import Optimize, Plan, make_plan, saved_elements
 from .program import Call, Program, Value
 from .search import Path, SavedLimit
@@ -299,7 +300,7 @@ def lower_saving(
     types: Sequence[TensorType],
     memory: Sequence[int],
     elements: float,
-    contiguous: bool = False,
+    strides: Strides | None = None,
     scale: complex | None = None,
 ) -> Program:
     """``lower_plan``: calls of which autograd saves at most so many elements; if none do, of which it saves least.
@@ -309,16 +310,16 @@ def lower_saving(
         types: of the operands; ``requires_grad`` says which autograd follows.
         memory: numbers of the memory that each lies in.
         elements: the limit.
-        contiguous: see ``lower_plan``.
+        strides: see ``lower_plan``.
         scale: see ``lower_plan``.
     """
-    program = lower_plan(plan, types, contiguous, scale)
+    program = lower_plan(plan, types, strides, scale)
     best, least = program, _saved(program, types, memory)
     for factor in _PRICES:
         if least <= elements:
             break
         price = factor * program.seconds / max(elements, 1)
-        other = lower_plan(plan, types, contiguous, scale, saved_price=price)
+        other = lower_plan(plan, types, strides, scale, saved_price=price)
         saved = _saved(other, types, memory)
         if saved < least:
             best, least = other, saved

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from oracle import loops
 
 from lazy_einsum.kernels import lower, lower_plan
-from lazy_einsum.layout import elementwise_strides
+from lazy_einsum.layout import Strides, elementwise_strides
 from lazy_einsum.plan import make_plan
 from lazy_einsum.program import Program, Value, compile_program, run
 from lazy_einsum.signature import TensorType
@@ -24,9 +24,13 @@ def parse(row: Row) -> EinsumSpec:
     return EinsumSpec.parse(row.equation, [len(shape) for shape in row.shapes])
 
 
-def program_of(equation: str, operands: Sequence[torch.Tensor], **options: Any) -> Program:
+def program_of(
+    equation: str, operands: Sequence[torch.Tensor], contiguous: bool = False, **options: Any
+) -> Program:
     spec = EinsumSpec.parse(equation, [operand.dim() for operand in operands])
     types = [TensorType.of(operand) for operand in operands]
+    if contiguous:
+        options["strides"] = Strides.contiguous(spec.output_shape([operand.shape for operand in operands]))
     if len(operands) <= 2:
         return lower(spec, types, **options)
     return lower_plan(make_plan(spec, [operand.shape for operand in operands]), types, **options)
@@ -45,7 +49,7 @@ def check(equation: str, operands: Sequence[torch.Tensor], tolerance: float = 1e
     spec = EinsumSpec.parse(equation, [operand.dim() for operand in operands])
     expected = loops(spec, operands)
     for contiguous in (False, True):
-        program = program_of(equation, operands, contiguous=contiguous)
+        program = program_of(equation, operands, contiguous)
         result = compile_program(program)(*operands)
         if operands[0].dtype == torch.int32 and len(operands) == 1 and spec.summed:
             # As in torch, the sum over a single operand of small integers is of int64.
@@ -181,7 +185,7 @@ def test_half_precision_does_not_overflow_where_torch_does_not() -> None:
 )
 def test_the_fewest_calls(equation: str, shapes: list[tuple[int, ...]], expected: list[str]) -> None:
     operands = [torch.randn(shape) for shape in shapes]
-    assert targets(program_of(equation, operands, contiguous=len(operands) > 1)) == expected
+    assert targets(program_of(equation, operands, len(operands) > 1)) == expected
 
 
 def copied_elements(program: Program, operands: Sequence[torch.Tensor]) -> list[int]:
@@ -292,7 +296,7 @@ def test_scale(item: tuple[str, Row]) -> None:
     row = item[1]
     for dtype, scale in ((torch.float64, 2.5), (torch.int64, 3), (torch.complex128, 1 - 2j), (torch.float64, -2)):
         operands = make_operands(row.shapes, dtype)
-        program = program_of(row.equation, operands, contiguous=True, scale=scale)
+        program = program_of(row.equation, operands, True, scale=scale)
         result = run(program, operands)
         torch.testing.assert_close(result, loops(parse(row), operands) * scale, rtol=1e-10, atol=1e-10)
         assert result.is_contiguous()

@@ -26,11 +26,11 @@ from ..graph import (
     uses,
 )
 from ..kernels import lower_plan
+from ..layout import Strides
 from ..plan import Contraction, Plan
 from ..program import Program, Value
 from ..saved import SAVED, followed_types, lower_saving, memory_of
 from ..scalars import ONE, Factor, Tensors, dtype_of, read_linear, tensors
-from ..signature import TensorType, contiguous_strides
 from ..spec import EinsumSpec, fresh_symbols
 
 # Sums of narrower integers change their dtype in torch.einsum, or not, by rules of its own; they are rare, and stay its
@@ -92,7 +92,8 @@ def lower(reassociate: bool | None = None) -> Callable[[fx.Graph], fx.Graph]:
         write = _Write(storages, {} if writers.none else None, writers, Numbers(new))
         for tree in reversed(trees):
             leaves = [written.get(leaf, leaf) for leaf in tree.leaves]
-            written[tree.root] = write.tree(tree, leaves, blind.issuperset(tree.root.users))
+            users = [user for user in tree.root.users if user not in blind]
+            written[tree.root] = write.tree(tree, leaves, _asked(tree, users))
         erase_unused_numbers(new)
         return new
 
@@ -263,13 +264,13 @@ class _Write(NamedTuple):
     writers: Writers
     numbers: Numbers
 
-    def tree(self, tree: _Tree, leaves: Sequence[fx.Node], free: bool) -> fx.Node:
+    def tree(self, tree: _Tree, leaves: Sequence[fx.Node], strides: Strides | None) -> fx.Node:
         """Replace the tree by its program.
 
         Args:
             tree: what is replaced.
             leaves: the nodes that give its leaves by now.
-            free: whether any strides will do.
+            strides: what is asked of the result's.
 
         Returns:
             What gives the value of ``tree.root`` now.
@@ -280,31 +281,24 @@ class _Write(NamedTuple):
         assert known.type is not None
         types = [entering for leaf in leaves if (entering := type_of(leaf))]
         number = None if tree.factor == ONE else tree.factor.number
-        is_view = tree.is_view
-        order = None if free or is_view else _memory_order(known.type)
-        program = self.program(tree, _plan(tree, order), leaves, order is not None, number)
+        program = self.program(tree, _plan(tree), leaves, strides, number)
         inside = replace(known, type=None, storage=next(self.storages), writes=())
         with graph.inserting_before(root):
             result = self.calls(graph, program, leaves, inside)
-            if not is_view and any(entering.is_conj for entering in types):
+            if not tree.is_view and any(entering.is_conj for entering in types):
                 # ``dot`` of two lazily conjugated vectors gives a lazily conjugated result, torch.einsum does not.
                 result = stamp(graph.call_method("resolve_conj", (result,)), inside)
-            stride = program.stride
-            if order is not None and order != tuple(range(len(order))):
-                result = self.permute(graph, result, tuple(order.index(dim) for dim in range(len(order))), inside)
-                stride = contiguous_strides([known.type.shape[dim] for dim in order])
-                stride = tuple(stride[order.index(dim)] for dim in range(len(order)))
-            if not is_view and _written_without_grad(root, self.writers):
+            if not tree.is_view and _written_without_grad(root, self.writers):
                 result = stamp(graph.call_method("clone", (result,)), inside)
         result.meta = dict(root.meta)
-        stamp(result, replace(known, type=replace(known.type, stride=stride)))
+        stamp(result, replace(known, type=replace(known.type, stride=program.stride)))
         root.replace_all_uses_with(result)
         for node in reversed(tree.nodes):
             graph.erase_node(node)
         return result
 
     def program(
-        self, tree: _Tree, plan: Plan, leaves: Sequence[fx.Node], contiguous: bool, scale: complex | None
+        self, tree: _Tree, plan: Plan, leaves: Sequence[fx.Node], strides: Strides | None, scale: complex | None
     ) -> Program:
         """The calls for a tree, of which autograd saves no more than is allowed."""
         types = [entering for leaf in leaves if (entering := type_of(leaf))]
@@ -312,8 +306,8 @@ class _Write(NamedTuple):
         limits = [known[1] for node in tree.nodes if (known := node.meta.get(SAVED)) and known[0] == len(leaves)]
         followed = followed_types(tree.root, leaves)
         if not limits or followed is None:
-            return lower_plan(plan, types, contiguous, scale)
-        return lower_saving(plan, followed, memory_of(leaves), limits[0], contiguous, scale)
+            return lower_plan(plan, types if followed is None else followed, strides, scale)
+        return lower_saving(plan, followed, memory_of(leaves), limits[0], strides, scale)
 
     def calls(self, graph: fx.Graph, program: Program, leaves: Sequence[fx.Node], inside: Facts) -> fx.Node:
         """Write the calls of a program at the insertion point; the node of its result."""
@@ -331,19 +325,9 @@ class _Write(NamedTuple):
             values.append(value)
         return values[-1]
 
-    def permute(self, graph: fx.Graph, value: fx.Node, order: tuple[int, ...], inside: Facts) -> fx.Node:
-        """A permutation of ``value``, made one with the permutation that gives ``value``."""
-        if value.op == "call_method" and value.target == "permute" and not value.users:
-            source, before = value.args
-            assert isinstance(source, fx.Node)
-            assert isinstance(before, tuple)
-            value.args = (source, tuple(before[dim] for dim in order))
-            return value
-        return stamp(graph.call_method("permute", (value, order)), inside)
 
-
-def _plan(tree: _Tree, order: Sequence[int] | None) -> Plan:
-    """The tree as a plan, the dimensions of its result in this order."""
+def _plan(tree: _Tree) -> Plan:
+    """The tree as a plan."""
     terms: dict[int, str] = {}
     shapes: list[tuple[int, ...]] = [_shape(leaf) for leaf in tree.leaves]
     steps: list[Contraction] = []
@@ -362,8 +346,7 @@ def _plan(tree: _Tree, order: Sequence[int] | None) -> Plan:
         shapes.append(steps[-1].shape)
         return len(shapes) - 1
 
-    output = tree.step.spec.output
-    write(tree.step, output if order is None else "".join(output[dim] for dim in order))
+    write(tree.step, tree.step.spec.output)
     spec = EinsumSpec(tuple(terms[number] for number in range(len(tree.leaves))), steps[-1].spec.output)
     return Plan(spec, tuple(shapes[: len(tree.leaves)]), tuple(steps), 0, 0, 0.0, 0, "given")
 
@@ -374,8 +357,12 @@ def _shape(node: fx.Node) -> tuple[int, ...]:
     return known.shape
 
 
-def _memory_order(known: TensorType) -> tuple[int, ...]:
-    """The dimensions, outermost in memory first; of two with one stride, that of size 1 is the inner one."""
-    if known.is_contiguous:
-        return tuple(range(len(known.shape)))
-    return tuple(sorted(range(len(known.shape)), key=lambda dim: (-known.stride[dim], known.shape[dim] == 1, dim)))
+def _asked(tree: _Tree, users: Sequence[fx.Node]) -> Strides | None:
+    """What is asked of the strides of a tree's result by those of its users that see them.
+
+    Code of the graph may depend on each stride; code outside is only to find each view there that it found before.
+    """
+    known = type_of(tree.root)
+    if tree.is_view or not users or known is None:
+        return None
+    return Strides(known.stride, exact=any(user.op != "output" for user in users))

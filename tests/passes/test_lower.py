@@ -184,3 +184,18 @@ def test_random_chains_with_strided_operands(data):
         return einsum(f"{inner},{terms[2]},{terms[3]}->{output}", first, y / 4.0, z)
 
     check_pass(planned, program, *inputs)
+
+
+def test_a_result_that_leaves_the_graph_keeps_the_views_of_eager_not_its_strides():
+    def program(x, y):
+        return einsum("efbad,cf->abcde", x, y)
+
+    def seen(x, y):
+        return program(x, y).relu()
+
+    operands = rand(6, 5, 4, 3, 2, dtype=torch.float64), rand(7, 5, dtype=torch.float64)
+    eager = program(*operands)
+    assert not eager.is_contiguous()
+    check_pass(run, program, *operands)
+    # Elementwise calls hand strides on, so inside of the graph they are those of eager.
+    check_pass(run, seen, *operands)
