@@ -7,6 +7,7 @@ process chooses the same plan; only ratios between alternatives matter.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,6 +160,7 @@ def sum_seconds(elements: int, results: int, innermost: bool, machine: Machine =
     return 2 * machine.launch + max(busy, traffic_seconds(ITEM * (elements + results), machine))
 
 
+@lru_cache(maxsize=2**15)
 def pair_seconds(batch: int, m: int, n: int, k: int, machine: Machine = CPU) -> float:
     """Seconds of the contraction of two operands with these products of sizes, layouts unknown, launches included.
 
@@ -184,3 +186,16 @@ def pair_seconds(batch: int, m: int, n: int, k: int, machine: Machine = CPU) -> 
         # main contraction of MACE takes the order with fewer FLOPs, which is 1.6 times slower.)
         seconds += elements * machine.strided_element / 2
     return seconds
+
+
+@lru_cache(maxsize=2**15)
+def gradient_seconds(batch: int, m: int, n: int, k: int, machine: Machine = CPU) -> float:
+    """Seconds of the gradient of the first operand of such a contraction: autograd has one rule for each kernel, so it
+    is a product of matrices where the contraction is one, whatever else would be faster.
+    """
+    if k == 1:
+        # Of a product that broadcasts: one of all elements, then a sum.
+        elements = batch * m * n
+        seconds = walk_seconds(elements, batch * m, batch, False, 1, 3 * ITEM * elements, machine)
+        return seconds + (sum_seconds(elements, batch * m, False, machine) if n > 1 else 0.0)
+    return product_seconds(batch, min(m, k), max(m, k), n, True, False, machine)

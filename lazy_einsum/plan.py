@@ -16,7 +16,7 @@ from opt_einsum.paths import get_path_fn
 
 from .cost import flop_count
 from .errors import LazyEinsumError, MemoryLimitError
-from .search import LabelCount, Network, Path, SavedLimit, bits_of, search, search_saving, union_of
+from .search import LabelCount, Network, Path, SavedLimit, best_of, bits_of, search, search_saving, union_of
 from .spec import EinsumSpec
 
 Optimize = Any
@@ -112,6 +112,7 @@ def make_plan(
     memory_limit: int | str | None = None,
     generic: bool = False,
     saved_limit: SavedLimit | None = None,
+    follows: Sequence[bool] = (),
 ) -> Plan:
     """Choose the order of an einsum for these shapes.
 
@@ -128,6 +129,7 @@ def make_plan(
             having size 1.
         saved_limit: what autograd may save for the backward pass, if anything is to limit that; only ``"auto"`` looks
             at it.
+        follows: for each operand whether autograd follows it; for ``"auto"`` the backward pass costs time too then.
 
     Raises:
         EquationError: the shapes do not fit.
@@ -139,13 +141,16 @@ def make_plan(
     ((1, 2), (0, 3))
     """
     fixed = tuple(tuple(map(int, shape)) for shape in shapes)
+    if optimize == "auto" or optimize is True:
+        followed = tuple(follows) if any(follows) else ()
+        return _cached_plan(spec, fixed, optimize, memory_limit, generic, saved_limit, followed)
     if isinstance(optimize, (str, bool)):
-        return _cached_plan(spec, fixed, optimize, memory_limit, generic, saved_limit)
+        return _cached_plan(spec, fixed, optimize, memory_limit, generic)
     if not callable(optimize):
         given = tuple(tuple(map(int, step)) for step in optimize)
-        return _cached_plan(spec, fixed, given, memory_limit, generic, saved_limit)
+        return _cached_plan(spec, fixed, given, memory_limit, generic)
     # A callable may read anything, and an optimizer may learn between calls: what they return is not kept.
-    return _plan(spec, fixed, optimize, memory_limit, generic, saved_limit)
+    return _plan(spec, fixed, optimize, memory_limit, generic)
 
 
 @lru_cache(maxsize=1024)
@@ -155,9 +160,10 @@ def _cached_plan(
     optimize: Optimize,
     limit: int | str | None,
     generic: bool,
-    saved_limit: SavedLimit | None,
+    saved_limit: SavedLimit | None = None,
+    follows: tuple[bool, ...] = (),
 ) -> Plan:
-    return _plan(spec, shapes, optimize, limit, generic, saved_limit)
+    return _plan(spec, shapes, optimize, limit, generic, saved_limit, follows)
 
 
 def _plan(
@@ -167,19 +173,29 @@ def _plan(
     memory_limit: int | str | None,
     generic: bool,
     saved_limit: SavedLimit | None = None,
+    follows: tuple[bool, ...] = (),
 ) -> Plan:
     sizes = spec.sizes(shapes)
-    network = Network.of(spec, shapes, sizes, generic)
+    network = Network.of(spec, shapes, sizes, generic).following(follows)
     limit = _limit(memory_limit, spec, shapes, sizes)
     name = "no search"
     path: Path = ()
     if len(shapes) == 1:
         pass
     elif optimize == "auto" or optimize is True:
-        if saved_limit is None:
-            name, path = search(network, limit, _quick)
+        found: dict[Path, str] = {}
+        if follows:
+            forward = _cached_plan(spec, shapes, optimize, memory_limit, generic)
+            found[forward.ssa_path] = forward.optimizer
+        if saved_limit is not None:
+            free = _cached_plan(spec, shapes, optimize, memory_limit, generic, None, follows)
+            found[free.ssa_path] = free.optimizer
+            name, path = search_saving(network, limit, found, saved_limit)
         else:
-            name, path = search_saving(network, limit, _quick, saved_limit)
+            name, path = search(network, limit, _quick)
+            found.setdefault(path, name)
+            path = best_of(network, found, next(iter(found)))
+            name = found[path]
     else:
         name, path = _foreign(network, optimize, limit)
     steps = _steps(spec, shapes, sizes, path, generic)

@@ -248,12 +248,13 @@ def plan_saving(
         MemoryLimitError: see ``make_plan``.
     """
     shapes = [known.shape for known in network.types]
-    plan = make_plan(network.spec, shapes, optimize, memory_limit)
+    follows = [known.requires_grad for known in network.types]
+    plan = make_plan(network.spec, shapes, optimize, memory_limit, follows=follows)
     if ratio is None or optimize not in ("auto", True):
         return plan, None
     limit = saved_limit(network, ratio, plan.ssa_path)
     if limit is not None:
-        plan = make_plan(network.spec, shapes, optimize, memory_limit, saved_limit=limit)
+        plan = make_plan(network.spec, shapes, optimize, memory_limit, saved_limit=limit, follows=follows)
     return plan, limit
 
 
