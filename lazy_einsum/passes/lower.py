@@ -66,8 +66,9 @@ def lower(reassociate: bool | None = None) -> Callable[[fx.Graph], fx.Graph]:
 
     Requires: exact facts; einsums of at most two operands (others stay, as do those of mixed or narrow integer dtypes,
     those under autocast, and those that autograd follows while an operand is written later).
-    Ensures: a result has the strides that its facts say, except where only einsums use it; it is a view of an operand
-    where it was one before, and memory of its own where it was that.
+    Ensures: a result has the strides that its facts say, except where only einsums use it; one that only leaves the
+        graph may have others, if each view of a tensor with those is one of the result. It is a view of an operand
+        where it was one before, and memory of its own where it was that.
         The code holds for the sizes and strides in the facts only.
 
     Args:
