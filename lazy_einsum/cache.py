@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from cachetools import LRUCache
 
 from .counter import Counter
+from .folds import Folds
 from .generic import Place, family, values_of
 from .signature import Arguments, Signature
 from .specialize import Specialization
@@ -46,9 +47,11 @@ class CacheInfo(_Counts):
         build_seconds: time spent building, in seconds.
         parts: (no item of the tuple) where the child as a whole can't be traced, what became of its submodules, by
             name: ``"specialized"``, ``"nothing to optimize"``, or why it runs as it is.
+        fold_bytes: (no item of the tuple) bytes of memory that what was computed once of frozen tensors takes now.
     """
 
     parts: Mapping[str, str] = MappingProxyType({})
+    fold_bytes: int = 0
 
 
 class Kind(NamedTuple):
@@ -120,6 +123,7 @@ class Cache(LRUCache[Signature, Specialization]):
         recent: by shapes of the positional arguments, what served them last.
         reasons: why calls ran as they are, in the order in which that came up.
         parts: what became of submodules, by name.
+        folds: what its specializations computed once.
     """
 
     def __init__(self, maxsize: int) -> None:
@@ -131,6 +135,7 @@ class Cache(LRUCache[Signature, Specialization]):
         self.recent: dict[Hashable, Specialization] = {}
         self.reasons: dict[str, None] = {}
         self.parts: dict[str, str] = {}
+        self.folds = Folds()
         self.past_hits = 0
         self.misses = 0
         self.evictions = 0
@@ -174,6 +179,7 @@ class Cache(LRUCache[Signature, Specialization]):
         if entry.signature in self:
             self.drop(self[entry.signature])
         self[entry.signature] = entry
+        self.folds.use(entry.folds)
         kind = Kind.of(entry)
         if entry.is_generic:
             relatives = self.family(kind)
@@ -206,6 +212,7 @@ class Cache(LRUCache[Signature, Specialization]):
 
     def _forget(self, entry: Specialization) -> None:
         self.past_hits += entry.hits
+        self.folds.release(entry.folds)
         kind = Kind.of(entry)
         known = self.families.get(kind.family)
         if entry.is_generic:
@@ -245,6 +252,7 @@ class Cache(LRUCache[Signature, Specialization]):
             self.build_seconds,
         )
         info.parts = MappingProxyType(dict(self.parts))
+        info.fold_bytes = self.folds.nbytes
         return info
 
 

@@ -58,6 +58,7 @@ class Settings:
     on_untraceable: str
     verify: bool
     dynamic: bool | None
+    is_frozen: Callable[[str], bool]
 
 
 class Call(NamedTuple):
@@ -299,7 +300,17 @@ class Dispatcher:
         options, is_leaf = self.settings.options, self._is_leaf
         with ambient_module.own_saved_tensors():
             entry = specialize(
-                child, arguments, options, is_leaf, on_stage, overlapping, self.name, witnesses, self._hooked
+                child,
+                arguments,
+                options,
+                is_leaf,
+                on_stage,
+                overlapping,
+                self.name,
+                witnesses,
+                self._hooked,
+                self.settings.is_frozen,
+                self.cache.folds,
             )
         self.cache.build_seconds += entry.build_seconds
         return entry

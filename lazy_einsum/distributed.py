@@ -37,6 +37,14 @@ def is_fully_sharded(module: nn.Module) -> bool:
     return isinstance(module, _class("torch.distributed.fsdp", "FSDPModule"))
 
 
+def holds_sharded(module: nn.Module) -> bool:
+    """Whether ``module`` puts whole parameters into the place of sharded ones, as long as it is called: in its own
+    memory, of which it says nothing to autograd.
+    """
+    wrapper = _class("torch.distributed.fsdp", "FullyShardedDataParallel")
+    return is_fully_sharded(module) or isinstance(module, wrapper)
+
+
 def is_gathered_whole(tensor: torch.Tensor) -> bool:
     """Whether a parameter of a fully sharded module is a plain tensor where it is whole: it is sharded by that alone
     (and replicated by several groups, perhaps), and no part of a tensor-parallel module.

@@ -69,6 +69,8 @@ class Facts:
         movable: whether it runs in the graph's own ambient state apart from the grad mode, so that it may be computed
             elsewhere in the graph.
         where: ``file:line`` of the user's code that it comes from, where known.
+        steady: whether it gives the same at each call for the same operands: it draws no random numbers, and runs in
+            the modes of the whole, autocast among them.
     """
 
     type: TensorType | None = None
@@ -77,6 +79,7 @@ class Facts:
     grad: bool = True
     movable: bool = True
     where: str = ""
+    steady: bool = True
 
 
 def facts(node: fx.Node) -> Facts | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import inspect
 import os
 import weakref
@@ -16,6 +17,7 @@ from torch import nn
 from . import ambient as ambient_module
 from .cache import Cache, CacheInfo
 from .dispatch import Settings
+from .distributed import holds_sharded
 from .errors import LazyEinsumError
 from .parts import WholeDispatcher
 from .passes import Options
@@ -106,7 +108,12 @@ class OptimizedModule(nn.Module):
         leaf_modules: types or qualified names of submodules that stay live calls and are not traced through.
         reassociate: ``None``: products are reordered except in float16; ``True``: float16 too; ``False``: only within
             one einsum call.
-        frozen: names of parameters and buffers that will not change (not supported yet).
+        frozen: qualified names of parameters and buffers that you promise not to change (``True``: of all). What
+            depends on these only is computed once and kept, where none of it requires a gradient or grad mode is off:
+            ``cache_info().fold_bytes`` counts the bytes. It is computed anew after ``train()``, ``eval()``,
+            ``load_state_dict()`` and ``to()`` of the wrapper, and where torch can tell that one of them is another
+            tensor, or was written. Fused optimizers and writes to ``.data`` can't be told: hence the promise.
+            ``drop_folds()`` ends it until the next call.
         verify: whether the first call of each signature also runs the module itself and compares.
         dynamic: when code is made that is generic in sizes (and Python numbers) that vary: ``None``: at the third
             value, and values that come often get code of their own; ``True``: at the second; ``False``: never.
@@ -136,7 +143,7 @@ class OptimizedModule(nn.Module):
         on_untraceable: str = "warn",
         leaf_modules: Iterable[type | str] = (),
         reassociate: bool | None = None,
-        frozen: Iterable[str] = (),
+        frozen: Iterable[str] | bool = (),
         verify: bool = False,
         dynamic: bool | None = None,
         saved_limit: float | None = SAVED_LIMIT,
@@ -154,9 +161,7 @@ class OptimizedModule(nn.Module):
                 raise ValueError(f"{name} must be None, True or False, got {value!r}")
         check_optimize(optimize)
         _check_saved_limit(saved_limit)
-        frozen, leaf_modules = tuple(frozen), tuple(leaf_modules)
-        if frozen:
-            raise ValueError("frozen is not supported yet; leave it empty")
+        leaf_modules, frozen = tuple(leaf_modules), _check_frozen(module, frozen)
         for leaf in leaf_modules:
             if not isinstance(leaf, (str, type)):
                 raise TypeError(f"leaf_modules takes types and qualified names, got {leaf!r}")
@@ -173,7 +178,7 @@ class OptimizedModule(nn.Module):
             "dynamic": dynamic,
             "saved_limit": saved_limit,
         }
-        own: dict[str, Any] = {"module": module, "_settings": settings, "_dispatcher": _dispatcher(settings)}
+        own: dict[str, Any] = {"module": module, "_settings": settings, "_dispatcher": _dispatcher(module, settings)}
         # Not in __new__, which would hide the options from those who ask for the signature of the class.
         object.__setattr__(self, "__class__", _shows_arguments(type(self), module))
         # In place of nn.Module.__init__, which would set the child's mode to training through the property below.
@@ -226,7 +231,11 @@ class OptimizedModule(nn.Module):
 
     def cache_clear(self) -> None:
         """Drop all specializations and set the statistics to zero."""
-        self.__dict__["_dispatcher"] = _dispatcher(self._settings)
+        self.__dict__["_dispatcher"] = _dispatcher(self.module, self._settings)
+
+    def drop_folds(self) -> None:
+        """Drop all that was computed once of ``frozen`` tensors: the next call computes it anew."""
+        self._dispatcher.cache.folds.clear()
 
     @property
     def specializations(self) -> Mapping[Signature, Specialization]:
@@ -258,11 +267,13 @@ class OptimizedModule(nn.Module):
     def training(self, mode: bool) -> None:
         if isinstance(self.module, nn.Module):
             self.module.training = mode
+            self.drop_folds()
 
     def train(self, mode: bool = True) -> OptimizedModule:
         """As ``nn.Module.train``, by the child's own method."""
         if isinstance(self.module, nn.Module):
             self.module.train(mode)
+            self.drop_folds()
         return self
 
     def apply(self, fn: Callable[[nn.Module], None]) -> OptimizedModule:
@@ -274,6 +285,7 @@ class OptimizedModule(nn.Module):
     def _apply(self, fn: Any, recurse: bool = True) -> OptimizedModule:
         if isinstance(self.module, nn.Module):
             self.module._apply(fn, recurse)  # type: ignore[no-untyped-call]
+            self.drop_folds()
         return self
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
@@ -295,11 +307,15 @@ class OptimizedModule(nn.Module):
                     state_dict = {key.removeprefix(prefix): value for key, value in state_dict.items()}
         if not isinstance(self.module, nn.Module):
             return super().load_state_dict(state_dict, strict, assign)
-        return self.module.load_state_dict(state_dict, strict=strict, assign=assign)
+        try:
+            return self.module.load_state_dict(state_dict, strict=strict, assign=assign)
+        finally:
+            self.drop_folds()  # in part it is loaded where it raises
 
     def _load_from_state_dict(self, *args: Any) -> None:
         if isinstance(self.module, nn.Module):
             self.module._load_from_state_dict(*args)
+            self.drop_folds()
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -354,6 +370,12 @@ class OptimizedModule(nn.Module):
         inner = repr(self.module).replace("\n", "\n  ")
         return f"{type(self).__name__}(\n  {inner}\n)"
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> OptimizedModule:
+        # Some children have one of their own (parametrized ones do), which would be found in its place.
+        rebuild, arguments = self.__reduce_ex__(4)
+        wrapper = memo[id(self)] = rebuild(*copy.deepcopy(arguments, memo))
+        return wrapper  # type: ignore[no-any-return]
+
     def __reduce_ex__(self, protocol: Any) -> Any:
         hooks = {
             table: self.__dict__[table]
@@ -372,15 +394,23 @@ _INTERNALS = frozenset(nn.Module().__dict__) | {"training", "_compiled_call_impl
 
 def _rebuild(module: Any, settings: dict[str, Any], hooks: dict[str, Any]) -> OptimizedModule:
     """Used by pickle and deepcopy: same module and options, empty cache."""
+    names = settings["frozen"]
+    if names is not True:
+        # The module may have other parameters by now (parametrizations do that).
+        settings = settings | {"frozen": tuple(name for name in names if name in _tensor_names(module))}
     wrapper = OptimizedModule(module, **settings)
     wrapper.__dict__.update(hooks)
     return wrapper
 
 
-def _dispatcher(settings: Mapping[str, Any]) -> WholeDispatcher:
+def _dispatcher(module: Any, settings: Mapping[str, Any]) -> WholeDispatcher:
     """What calls the child of a wrapper with these settings; its cache is empty."""
     options = Options(
-        settings["optimize"], _bytes(settings["memory_limit"]), settings["reassociate"], settings["saved_limit"]
+        settings["optimize"],
+        _bytes(settings["memory_limit"]),
+        settings["reassociate"],
+        settings["saved_limit"],
+        bool(settings["frozen"]),
     )
     chosen = Settings(
         options,
@@ -388,6 +418,7 @@ def _dispatcher(settings: Mapping[str, Any]) -> WholeDispatcher:
         settings["on_untraceable"],
         settings["verify"],
         settings["dynamic"],
+        _frozen_test(module, settings["frozen"]),
     )
     return WholeDispatcher("", chosen, Cache(settings["maxsize"]))
 
@@ -396,6 +427,50 @@ def _leaf_test(leaf_modules: tuple[type | str, ...]) -> Callable[[nn.Module, str
     names = frozenset(leaf for leaf in leaf_modules if isinstance(leaf, str))
     types = tuple(leaf for leaf in leaf_modules if isinstance(leaf, type))
     return lambda module, name: name in names or isinstance(module, types)
+
+
+def _tensor_names(module: Any) -> list[str]:
+    """The qualified names of all parameters and buffers, those that are shared by each."""
+    if not isinstance(module, nn.Module):
+        return []
+    named = (*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False))
+    return [name for name, _ in named]
+
+
+def _check_frozen(module: Any, frozen: Iterable[str] | bool) -> tuple[str, ...] | bool:
+    """``frozen`` as a tuple of names, or ``True``."""
+    if isinstance(frozen, str):
+        raise TypeError(f"frozen takes a sequence of names, got the text {frozen!r}; write ({frozen!r},)")
+    if isinstance(frozen, bool):
+        return frozen or ()
+    names, known = tuple(frozen), _tensor_names(module)
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        raise ValueError(
+            f"frozen names {', '.join(map(repr, unknown))}, which {type(module).__name__} does not have; expected "
+            f"names of its parameters and buffers: {', '.join(known) or 'it has none'}"
+        )
+    return names
+
+
+def _frozen_test(module: Any, frozen: tuple[str, ...] | bool) -> Callable[[str], bool]:
+    """Whether a name is that of a frozen tensor which stays in one place: sharded ones come and go."""
+    if frozen is False or not frozen or not isinstance(module, nn.Module):
+        return lambda name: False
+    root = weakref.ref(module)
+    names = None if frozen is True else frozenset(frozen)
+
+    def is_frozen(name: str) -> bool:
+        holder = root()
+        if names is not None and name not in names:
+            return False
+        for step in name.split(".")[:-1]:
+            if holder is None or holds_sharded(holder):
+                return False
+            holder = holder._modules.get(step)
+        return holder is not None and not holds_sharded(holder)
+
+    return is_frozen
 
 
 def _check_saved_limit(limit: float | None) -> None:

@@ -10,6 +10,7 @@ from torch import fx
 
 from .cost import sum_seconds
 from .errors import MemoryLimitError
+from .frozen import frozen_values
 from .graph import MAX_LABELS, Writers, is_einsum, same_mode, type_of, uses
 from .plan import Plan, make_plan, order_seconds
 from .products import Product, is_permutation, read_product
@@ -112,6 +113,7 @@ class Networks:
         parts: the calls that this replaces, users before what they use.
         inlined: the calls that are part of another's network.
         writers: what writes in the graph.
+        frozen: what never changes.
     """
 
     def __init__(self, graph: fx.Graph, optimize: object, reassociate: bool | None) -> None:
@@ -125,6 +127,7 @@ class Networks:
         self.optimize = optimize
         self.reassociate = reassociate
         self.writers = Writers(graph)
+        self.frozen = frozen_values(graph)
         self.own: dict[fx.Node, Product] = {}
         self.whole: dict[fx.Node, Read] = {}
         self.parts: dict[fx.Node, list[fx.Node]] = {}
@@ -178,15 +181,20 @@ class Networks:
             return None
         limit = None if memory_limit is None else memory_limit // types[0].dtype.itemsize
         try:
-            return make_plan(spec.canonical(), [known.shape for known in types], self.optimize, limit)
+            shapes, frozen = [known.shape for known in types], self._frozen(operands)
+            return make_plan(spec.canonical(), shapes, self.optimize, limit, frozen=frozen)
         except MemoryLimitError:
             return None
 
     def plan_seconds(self, spec: EinsumSpec, operands: Sequence[fx.Node]) -> float:
         """What the cost model expects of one einsum of operands of known types."""
         shapes = [known.shape for operand in operands if (known := type_of(operand))]
+        frozen = self._frozen(operands)
         if len(shapes) == 1:
-            return _single_seconds(spec, shapes[0])
+            return 0.0 if any(frozen) else _single_seconds(spec, shapes[0])
         if len(shapes) < 3:
-            return order_seconds(spec, shapes, ((0, 1),))
-        return make_plan(spec.canonical(), shapes, self.optimize).seconds
+            return order_seconds(spec, shapes, ((0, 1),), frozen)
+        return make_plan(spec.canonical(), shapes, self.optimize, frozen=frozen).seconds
+
+    def _frozen(self, operands: Sequence[fx.Node]) -> tuple[bool, ...]:
+        return tuple(operand in self.frozen for operand in operands) if self.frozen else ()

@@ -113,6 +113,7 @@ def make_plan(
     generic: bool = False,
     saved_limit: SavedLimit | None = None,
     follows: Sequence[bool] = (),
+    frozen: tuple[bool, ...] = (),
 ) -> Plan:
     """Choose the order of an einsum for these shapes.
 
@@ -130,6 +131,8 @@ def make_plan(
         saved_limit: what autograd may save for the backward pass, if anything is to limit that; only ``"auto"`` looks
             at it.
         follows: for each operand whether autograd follows it; for ``"auto"`` the backward pass costs time too then.
+        frozen: for each operand whether it never changes; empty where none is. What comes of such operands alone is
+            computed once, so it counts next to nothing; only ``"auto"`` looks at it.
 
     Raises:
         EquationError: the shapes do not fit.
@@ -143,7 +146,7 @@ def make_plan(
     fixed = tuple(tuple(map(int, shape)) for shape in shapes)
     if optimize == "auto" or optimize is True:
         followed = tuple(follows) if any(follows) else ()
-        return _cached_plan(spec, fixed, optimize, memory_limit, generic, saved_limit, followed)
+        return _cached_plan(spec, fixed, optimize, memory_limit, generic, saved_limit, followed, tuple(frozen))
     if isinstance(optimize, (str, bool)):
         return _cached_plan(spec, fixed, optimize, memory_limit, generic)
     if not callable(optimize):
@@ -162,8 +165,9 @@ def _cached_plan(
     generic: bool,
     saved_limit: SavedLimit | None = None,
     follows: tuple[bool, ...] = (),
+    frozen: tuple[bool, ...] = (),
 ) -> Plan:
-    return _plan(spec, shapes, optimize, limit, generic, saved_limit, follows)
+    return _plan(spec, shapes, optimize, limit, generic, saved_limit, follows, frozen)
 
 
 def _plan(
@@ -174,9 +178,11 @@ def _plan(
     generic: bool,
     saved_limit: SavedLimit | None = None,
     follows: tuple[bool, ...] = (),
+    frozen: tuple[bool, ...] = (),
 ) -> Plan:
     sizes = spec.sizes(shapes)
-    network = Network.of(spec, shapes, sizes, generic).following(follows)
+    plain = Network.of(spec, shapes, sizes, generic)
+    network = plain.folding(frozen).following(follows)
     limit = _limit(memory_limit, spec, shapes, sizes)
     name = "no search"
     path: Path = ()
@@ -185,10 +191,10 @@ def _plan(
     elif optimize == "auto" or optimize is True:
         found: dict[Path, str] = {}
         if follows:
-            forward = _cached_plan(spec, shapes, optimize, memory_limit, generic)
+            forward = _cached_plan(spec, shapes, optimize, memory_limit, generic, frozen=frozen)
             found[forward.ssa_path] = forward.optimizer
         if saved_limit is not None:
-            free = _cached_plan(spec, shapes, optimize, memory_limit, generic, None, follows)
+            free = _cached_plan(spec, shapes, optimize, memory_limit, generic, None, follows, frozen)
             found[free.ssa_path] = free.optimizer
             name, path = search_saving(network, limit, found, saved_limit)
         else:
@@ -197,7 +203,7 @@ def _plan(
             path = best_of(network, found, next(iter(found)))
             name = found[path]
     else:
-        name, path = _foreign(network, optimize, limit)
+        name, path = _foreign(plain, optimize, limit)
     steps = _steps(spec, shapes, sizes, path, generic)
     largest = max((step.size for step in steps[:-1]), default=0)
     if largest > limit:
@@ -304,12 +310,16 @@ def _contraction(
 # --- strategies of others ---------------------------------------------------------------------------------------------
 
 
-def order_seconds(spec: EinsumSpec, shapes: Sequence[tuple[int, ...]], path: Path) -> float:
-    """What the cost model expects of an order (steps as in ``Plan.ssa_path``) for operands of these shapes."""
+def order_seconds(
+    spec: EinsumSpec, shapes: Sequence[tuple[int, ...]], path: Path, frozen: tuple[bool, ...] = ()
+) -> float:
+    """What the cost model expects of an order (steps as in ``Plan.ssa_path``) for operands of these shapes; for
+    ``frozen`` see ``make_plan``.
+    """
     if len(shapes) < 2:
         return 0.0
     sizes = spec.sizes(shapes)
-    return Network.of(spec, shapes, sizes, False).seconds(path)
+    return Network.of(spec, shapes, sizes, False).folding(frozen).seconds(path)
 
 
 def saved_elements(spec: EinsumSpec, shapes: Sequence[tuple[int, ...]], path: Path, saved: SavedLimit) -> int:

@@ -425,6 +425,7 @@ class Recorder(TorchFunctionMode):
             torch.is_grad_enabled(),
             self._movable,
             user_line(),
+            self._steady,
         )
 
     def _track(
@@ -801,6 +802,10 @@ class Recorder(TorchFunctionMode):
         """Whether what is recorded now runs in the modes of the call, grad mode apart."""
         return self._may_move and self._modes == self._modes_at_start
 
+    @property
+    def _steady(self) -> bool:
+        return not self._net.random and self._modes == self._modes_at_start
+
     def _written(self) -> tuple[int, ...]:
         numbers = self._copies.reached({self._storage(tensor) for tensor in self._net.written})
         # Memory that came into being inside the call (workspace) is nobody's business outside of it.
@@ -833,7 +838,8 @@ class Recorder(TorchFunctionMode):
                 stamp(node, self._facts(result, written=written))
             self._refresh(written)
             return
-        stamp(node, Facts(None, None, written, torch.is_grad_enabled(), self._movable, user_line()))
+        grad, movable, steady = torch.is_grad_enabled(), self._movable, self._steady
+        stamp(node, Facts(None, None, written, grad, movable, user_line(), steady))
         self._refresh(written)
         self._register_items(result, node)
 

@@ -34,12 +34,17 @@ class Report:
             f"{cache.misses} misses, "
             f"{cache.evictions} evictions, {cache.fallbacks} fall-backs; {cache.build_seconds:.3f} s building"
         ]
+        if cache.fold_bytes:
+            lines.append(f"{cache.fold_bytes} bytes are kept of what was computed once")
         lines += [f"runs as it is: {reason}" for reason in self.reasons]
         lines += [f"{name}: {state}" for name, state in cache.parts.items()]
         for entry in self.specializations:
             lines += ["", f"{entry.signature}", f"  {entry.hits} hits, built in {entry.build_seconds * 1e3:.1f} ms"]
             for plan in entry.plans:
                 lines += ["  " + line for line in str(plan).splitlines()]
+            for kept in entry.folds:
+                lines.append(f"  computed once, of {', '.join(kept.fold.names)} ({kept.fold.nbytes} bytes):")
+                lines += ["    " + line for line in kept.fold.code.strip().splitlines()]
             lines += ["  code:"] + ["    " + line for line in entry.code.strip().splitlines()]
         return "\n".join(lines)
 
@@ -49,6 +54,7 @@ class Report:
             "name": self.name,
             "cache": self.cache._asdict(),
             "parts": dict(self.cache.parts),
+            "fold_bytes": self.cache.fold_bytes,
             "reasons": list(self.reasons),
             "specializations": [
                 {
@@ -63,6 +69,10 @@ class Report:
                             "optimizer": str(plan.optimizer),
                         }
                         for plan in entry.plans
+                    ],
+                    "folds": [
+                        {"names": list(kept.fold.names), "bytes": kept.fold.nbytes, "code": kept.fold.code}
+                        for kept in entry.folds
                     ],
                     "stages": dict(entry.stages),
                 }

@@ -5,8 +5,9 @@ contraction orders of which it saves little more than that.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -76,12 +77,14 @@ class WrittenNetwork(NamedTuple):
         spec: the same as one einsum.
         types: of its operands; ``requires_grad`` says which autograd follows.
         memory: numbers of the memory that each operand lies in.
+        frozen: for each operand whether it never changes; empty where none is.
     """
 
     written: Written
     spec: EinsumSpec
     types: tuple[TensorType, ...]
     memory: tuple[int, ...]
+    frozen: tuple[bool, ...] = ()
 
     def at(self, value: Callable[[int], int]) -> WrittenNetwork:
         """The same for other sizes and strides: ``value`` gives each."""
@@ -94,10 +97,17 @@ def written_einsums(node: fx.Node, spec: EinsumSpec) -> Written:
     return written if isinstance(written, Written) else Written.plain(spec)
 
 
-def written_network(node: fx.Node, spec: EinsumSpec, operands: Sequence[fx.Node]) -> WrittenNetwork | None:
-    """The einsum ``node`` with what limits on saved memory depend on; ``None`` where an operand is of unknown type."""
+def written_network(
+    node: fx.Node, spec: EinsumSpec, operands: Sequence[fx.Node], frozen: Collection[fx.Node] = ()
+) -> WrittenNetwork | None:
+    """The einsum ``node`` with what limits on saved memory, and its order, depend on; ``None`` where an operand is of
+    unknown type.
+    """
     types = followed_types(node, operands)
-    return None if types is None else WrittenNetwork(written_einsums(node, spec), spec, types, memory_of(operands))
+    if types is None:
+        return None
+    fixed = tuple(operand in frozen for operand in operands) if frozen else ()
+    return WrittenNetwork(written_einsums(node, spec), spec, types, memory_of(operands), fixed)
 
 
 def followed_types(node: fx.Node, operands: Sequence[fx.Node]) -> tuple[TensorType, ...] | None:
@@ -249,12 +259,15 @@ def plan_saving(
     """
     shapes = [known.shape for known in network.types]
     follows = [known.requires_grad for known in network.types]
-    plan = make_plan(network.spec, shapes, optimize, memory_limit, follows=follows)
+    plan_within = partial(
+        make_plan, network.spec, shapes, optimize, memory_limit, follows=follows, frozen=network.frozen
+    )
+    plan = plan_within()
     if ratio is None or optimize not in ("auto", True):
         return plan, None
     limit = saved_limit(network, ratio, plan.ssa_path)
     if limit is not None:
-        plan = make_plan(network.spec, shapes, optimize, memory_limit, saved_limit=limit, follows=follows)
+        plan = plan_within(saved_limit=limit)
     return plan, limit
 
 

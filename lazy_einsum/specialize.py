@@ -20,10 +20,12 @@ from torch import fx, nn
 from . import ambient as ambient_module
 from .counter import Counter
 from .errors import LazyEinsumError, MemoryLimitError, UntraceableError
+from .folds import Fold, Folds, Kept
+from .frozen import frozen_values, mark_frozen
 from .generic import values_of
 from .graph import copy_graph, is_einsum, read_einsum, type_of
 from .live import Caller, direct_call
-from .passes import PASSES, Options
+from .passes import FOLD, PASSES, Options
 from .passes.choose_paths import PLAN
 from .plan import Plan, make_plan, order_seconds
 from .record import Trace
@@ -86,7 +88,7 @@ def run_passes(graph: fx.Graph, options: Options) -> Iterator[Stage]:
         UntraceableError: a pass fails, or its result is not a well-formed graph; the message names the pass.
     """
     yield Stage("trace", graph, 0.0)
-    for name, make_pass in PASSES:
+    for name, make_pass in (*PASSES[:-1], FOLD, PASSES[-1]) if options.folds else PASSES:
         start = time.perf_counter()
         try:
             graph = make_pass(options)(graph)
@@ -116,6 +118,7 @@ class Specialization:
         guard: ``(module, args, kwargs) -> values``, or ``None`` for a call that it can't serve.
         run: what is called with these values.
         used: when it was used last, in calls of its cache.
+        folds: what it computes once, of frozen tensors only.
     """
 
     __slots__ = (
@@ -128,6 +131,7 @@ class Specialization:
         "build_seconds",
         "counter",
         "exceptions",
+        "folds",
         "guard",
         "is_generic",
         "plans",
@@ -150,6 +154,7 @@ class Specialization:
         module: Any,
         build_seconds: float,
         exceptions: set[Any],
+        folds: tuple[Kept, ...] = (),
     ) -> None:
         self.signature = signature
         self.stages = stages
@@ -162,6 +167,7 @@ class Specialization:
         self.guard = guard
         self.run = run
         self.used = 0
+        self.folds = folds
         self._record = record
         self._graph = graph
         self._state = state
@@ -281,6 +287,8 @@ def specialize(
     name: str = "",
     witnesses: Sequence[Specialization] = (),
     hooked: Callable[[str], Caller] = lambda name: direct_call,
+    is_frozen: Callable[[str], bool] = lambda name: False,
+    folds: Folds | None = None,
 ) -> Specialization:
     """Make the specialization of ``module`` for the given arguments, in the present ambient state.
 
@@ -297,6 +305,8 @@ def specialize(
         witnesses: code for single calls of the kind that symbols among the arguments stand for: what was traced for
             them is compared.
         hooked: see ``trace``.
+        is_frozen: whether the user promised not to change the parameter or buffer of this qualified name.
+        folds: keeps what is computed of these alone.
 
     Raises:
         MemoryLimitError: no contraction order stays below the limit.
@@ -315,6 +325,8 @@ def specialize(
             found = difference(graph, traced.graph, symbols)
             if found is not None:
                 raise NotGenericError(f"forward does something else for sizes that vary: {found}")
+    if options.folds:
+        mark_frozen(traced.graph, traced.state, traced.reads, name, is_frozen)
     stages = Stages()
     plans: tuple[Plan, ...] = ()
     graph = fused = traced.graph
@@ -328,7 +340,8 @@ def specialize(
             on_stage(stage, traced)
     targets = [str(node.target) for node in graph.nodes if node.op == "get_attr"]
     state = {target: traced.state[target] for target in dict.fromkeys(targets)}
-    run = finish(compile_graph(graph, tuple(state)), traced, dict(ambient)["grad"])
+    kept, code = keep_folds(graph, folds, ambient) if folds is not None else ((), graph)
+    run = finish(compile_graph(code, tuple(state)), traced, dict(ambient)["grad"])
     overlap = None
     if any(traced.writes):
         overlap = partial(shares_written if overlapping else shares_nothing_written, traced.writes)
@@ -339,7 +352,27 @@ def specialize(
     guard = compile_guard(arguments, ambient, traced.reads, wanted, overlap, conditions, exceptions, traced.absent)
     signature = Signature(arguments, ambient, reads, name, conditions)
     seconds = time.perf_counter() - start
-    return Specialization(signature, traced.graph, graph, stages, plans, guard, run, state, module, seconds, exceptions)
+    return Specialization(
+        signature, traced.graph, graph, stages, plans, guard, run, state, module, seconds, exceptions, kept
+    )
+
+
+def keep_folds(
+    graph: fx.Graph, folds: Folds, ambient: tuple[tuple[str, Any], ...]
+) -> tuple[tuple[Kept, ...], fx.Graph]:
+    """What ``graph`` computes once, and the graph that has it kept. Values are the same with and without gradients, and
+    in inference mode, so they are shared between these.
+    """
+    if not any(isinstance(node.target, Fold) for node in graph.nodes):
+        return (), graph
+    modes = tuple(item for item in ambient if item[0] not in ("grad", "inference"))
+    found: dict[Kept, None] = {}
+    new = copy_graph(graph)
+    for node in new.nodes:
+        if isinstance(node.target, Fold):
+            node.target = folds.keep(node.target, modes)
+            found[node.target] = None
+    return tuple(found), new
 
 
 def finish(function: Callable[..., Any], traced: Trace, grad: bool) -> Callable[..., Any]:
@@ -384,9 +417,10 @@ def plan_conditions(
     tie one to others.
     """
     networks = []
+    frozen = frozen_values(graph)
     for node in graph.nodes if arguments.symbols else ():
         found = read_einsum(node) if is_einsum(node) else None
-        network = written_network(node, *found) if found is not None and len(found[1]) > 2 else None
+        network = written_network(node, *found, frozen) if found is not None and len(found[1]) > 2 else None
         if network is not None:
             networks.append((network, plan_saving(network, options.saved_limit, options.optimize)[0].ssa_path))
     examples = arguments.symbols
@@ -414,7 +448,8 @@ def _is_good(network: WrittenNetwork, path: PlanPath, scope: Mapping[str, int | 
     there = network.at(lambda size: int(eval(size.text, dict(scope))) if is_symbolic(size) else int(size))
     shapes = [known.shape for known in there.types]
     best = plan_saving(there, options.saved_limit, options.optimize)[0].ssa_path
-    if order_seconds(there.spec, shapes, path) > _GOOD * order_seconds(there.spec, shapes, best):
+    seconds = partial(order_seconds, there.spec, shapes, frozen=there.frozen)
+    if seconds(path) > _GOOD * seconds(best):
         return False
     if path == best or options.saved_limit is None or options.optimize != "auto":
         return True

@@ -43,6 +43,8 @@ RANKS = {
     "kernels": 4,
     "graph": 3,
     "products": 4,
+    "frozen": 4,
+    "folds": 3,
     "networks": 5,
     "scalars": 5,
     "state": 3,

@@ -10,6 +10,7 @@ from torch import fx
 from .canonicalize import canonicalize
 from .choose_paths import choose_paths
 from .distribute import distribute
+from .fold import fold
 from .fuse_einsums import fuse_einsums
 from .fuse_scalars import fuse_scalars
 from .join_products import join_products
@@ -30,12 +31,14 @@ class Options:
             well, ``False`` only within one einsum.
         saved_limit: what autograd may save of contractions for the backward pass, in parts of what it saves in eager
             torch.
+        folds: whether what depends on frozen tensors only is computed once.
     """
 
     optimize: object = "auto"
     memory_limit: int | None = None
     reassociate: bool | None = None
     saved_limit: float | None = None
+    folds: bool = False
 
 
 PASSES: tuple[tuple[str, Callable[[Options], Pass]], ...] = (
@@ -55,4 +58,7 @@ PASSES: tuple[tuple[str, Callable[[Options], Pass]], ...] = (
     ("lower", lambda options: lower(options.reassociate)),
 )
 
-__all__ = ["PASSES", "Options", "Pass"]
+FOLD: tuple[str, Callable[[Options], Pass]] = ("fold", lambda options: fold(options.memory_limit))
+"""The pass that comes before the last, where tensors are frozen."""
+
+__all__ = ["FOLD", "PASSES", "Options", "Pass"]

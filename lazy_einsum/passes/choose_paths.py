@@ -10,6 +10,7 @@ from dataclasses import replace
 from torch import fx
 
 from ..decompose import VIEWS, eager_calls
+from ..frozen import frozen_values
 from ..graph import (
     Writers,
     copy_graph,
@@ -72,7 +73,7 @@ def choose_paths(
 
     def run(graph: fx.Graph) -> fx.Graph:
         new = copy_graph(graph)
-        writers = Writers(new)
+        writers, frozen = Writers(new), frozen_values(new)
         storages = itertools.count(fresh_storage(new))
         for node in list(new.nodes):
             found = read_einsum(node) if is_einsum(node) else None
@@ -88,7 +89,7 @@ def choose_paths(
                 pass
             elif is_order_free(node, operands, writers):
                 limit = element_limit if memory_limit is None else memory_limit // types[0].dtype.itemsize
-                network = written_network(node, spec, operands)
+                network = written_network(node, spec, operands, frozen)
                 if generic or network is None:
                     plan = make_plan(spec, [operand.shape for operand in types], optimize, limit, generic)
                 else:

@@ -191,7 +191,7 @@ def _gains(networks: Networks, found: _Term, memory_limit: int | None) -> bool:
     spec, operands = found.whole(networks)
     total, result = type_of(found.between[-1]), type_of(found.product)
     plan = networks.plan(spec, operands, memory_limit) if spec.n_labels <= MAX_LABELS else None
-    if plan is None or total is None or result is None:
+    if plan is None or total is None or result is None or found.between[-1] in networks.frozen:
         return False
     before = networks.seconds(found.term) + (1 + len(found.scalings)) * _sum_seconds(total)
     return pays(plan.seconds + _sum_seconds(result), before, _LEAST)

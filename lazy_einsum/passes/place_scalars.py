@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Set
 from dataclasses import replace
 from typing import NamedTuple
 
 from torch import fx
 
+from ..frozen import frozen_values
 from ..graph import (
     Facts,
     Writers,
@@ -57,7 +58,7 @@ def place_scalars(reassociate: bool | None = None) -> Callable[[fx.Graph], fx.Gr
         if reassociate is False:
             return new
         among = set(tensors(new))
-        writers = Writers(new)
+        writers, frozen = Writers(new), frozen_values(new)
         storages = itertools.count(fresh_storage(new))
         for node in list(new.nodes):
             found = read_linear(node, among)
@@ -68,7 +69,9 @@ def place_scalars(reassociate: bool | None = None) -> Callable[[fx.Graph], fx.Gr
                 or not found.factor.fits(dtype_of(node), reassociate)
             ):
                 continue
-            best = min(_places(node, found, among, writers, reassociate), key=lambda place: place.cost)
+            if node in frozen:
+                continue  # it is computed once, wherever it stands
+            best = min(_places(node, found, among, writers, frozen, reassociate), key=lambda place: place.cost)
             if best.path:
                 among.add(_move(node, found.factor, best, storages))
         return new
@@ -94,7 +97,12 @@ class _Place(NamedTuple):
 
 
 def _places(
-    scaling: fx.Node, own: Linear, among: Tensors, writers: Writers, reassociate: bool | None
+    scaling: fx.Node,
+    own: Linear,
+    among: Tensors,
+    writers: Writers,
+    frozen: Set[fx.Node],
+    reassociate: bool | None,
 ) -> Iterator[_Place]:
     """All places for ``scaling``, the nearest first; the first is where it stands."""
     known = type_of(scaling)
@@ -121,7 +129,9 @@ def _places(
             ):
                 continue
             if degree == 1 and (found.layout == "any" or is_dense(operand)):
-                yield _Place(_cost(entering), path, found, number)
+                # What is computed once may as well be scaled then; a tensor of the module would be doubled.
+                is_free = operand in frozen and operand.op != "get_attr"
+                yield _Place(0 if is_free else _cost(entering), path, found, number)
                 open_paths.append((*path, operand))
             elif degree == -1 and found.factor != ONE and found.factor.times(own.factor).fits(known.dtype, reassociate):
                 yield _Place(0, path, found, None)
