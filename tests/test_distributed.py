@@ -333,6 +333,33 @@ def _watch_one(group: Any, method: str, event: str, fired: list[str]) -> None:
     setattr(group, method, noting)
 
 
+@torch.no_grad()
+def fsdp_frozen(rank: int) -> None:
+    """What is sharded comes and goes, so nothing is kept of it, and of all else."""
+    for name, shard in SHARDINGS.items():
+        wrapped, plain = OptimizedModule(shard(Net()), frozen=True), shard(Net())
+        for step in (0, 0, 1, 2, 3):
+            torch.testing.assert_close(wrapped(batch(rank, step)), plain(batch(rank, step)))
+        folds = {fold.fold.names for entry in wrapped.specializations.values() for fold in entry.folds}
+        assert folds == ({("head.weight", "head.bias")} if name == "blocks" else set()), name
+        for parameter in plain.parameters():
+            parameter.mul_(2)
+        set_model_state_dict(wrapped, get_model_state_dict(plain))
+        torch.testing.assert_close(wrapped(batch(rank, 0)), plain(batch(rank, 0)))
+
+
+@torch.no_grad()
+def ddp_frozen(rank: int) -> None:
+    inside = OptimizedModule(DDP(Net()), frozen=("module.blocks.0.a", "module.blocks.0.b"))
+    around = OptimizedModule(Net(), frozen=("blocks.0.a", "blocks.0.b"))
+    outer, plain = DDP(around), Net()
+    for step in (0, 0, 1, 2, 3):
+        for module in (inside, outer):
+            torch.testing.assert_close(module(batch(rank, step)), plain(batch(rank, step)))
+    for module in (inside, around):
+        assert module.cache_info().fold_bytes == 6 * 6 * 8
+
+
 def fsdp_mixed_precision(rank: int) -> None:
     for options in ({}, {"output_dtype": torch.float64}, {"cast_forward_inputs": False}):
 
@@ -603,6 +630,8 @@ SCENARIOS: dict[str, Callable[[int], None]] = {
     "DDP inside, prepare": ddp_prepare,
     "DDP, state_dict": ddp_state_dict,
     **{f"FSDP, {name}": partial(fsdp, sharding=name) for name in SHARDINGS},
+    "FSDP, frozen": fsdp_frozen,
+    "DDP, frozen": ddp_frozen,
     "FSDP, mixed precision": fsdp_mixed_precision,
     "FSDP, checkpoint": fsdp_checkpoint,
     "FSDP, sharded weight": fsdp_sharded_weight,
