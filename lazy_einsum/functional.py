@@ -31,6 +31,7 @@ from .passes.choose_paths import choose_paths
 from .passes.fuse_einsums import fuse_einsums as fuse_einsums_pass
 from .passes.fuse_scalars import fuse_scalars as fuse_scalars_pass
 from .passes.place_scalars import place_scalars
+from .passes.share import share
 from .plan import make_plan
 from .signature import TensorType, contiguous_strides
 
@@ -83,6 +84,8 @@ def optimize_einsums_full(
         canonicalize(),
         fuse_scalars_pass(),
         fuse_einsums_pass(),
+        # A limit in elements, or an order of the user's own, is one for einsums as they are written.
+        share("auto" if not contract_kwargs else None),
         _choose_paths(contract_kwargs),
         place_scalars(),
     ):

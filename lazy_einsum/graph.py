@@ -200,6 +200,7 @@ class Writers:
 
     def __init__(self, graph: fx.Graph) -> None:
         self._writes = [(node, written) for node in graph.nodes if (written := writes(node))]
+        self._effects = [node for node in graph.nodes if _is_effect(node)]
 
     @property
     def none(self) -> bool:
@@ -212,6 +213,12 @@ class Writers:
             return False
         storages = _storages(reads)
         return any(after < node < before and _overlap(written, storages) for node, written in self._writes)
+
+    def part(self, reads: Iterable[fx.Node], after: fx.Node, before: fx.Node) -> bool:
+        """Whether what is computed of the values ``reads`` at ``after`` may not serve at ``before``: something between
+        the two writes them, or has an effect that no value shows (gives a tensor a hook, switches a mode).
+        """
+        return self.write_any(reads, after, before) or any(after < node < before for node in self._effects)
 
     def spoil_any(self, reads: Iterable[fx.Node], after: fx.Node) -> bool:
         """Whether a node behind ``after`` writes memory of the values ``reads``, so that autograd must not keep them.
@@ -244,6 +251,11 @@ class Writers:
         return may_require_grad(node) and self.spoil_any(node.all_input_nodes, node)
 
 
+def _is_effect(node: fx.Node) -> bool:
+    known = facts(node)
+    return node.op.startswith("call_") and known is not None and known.type is None and not known.movable
+
+
 def _storages(nodes: Iterable[fx.Node]) -> set[int]:
     known = [facts(node) for node in nodes]
     return {EVERYTHING if k is None or k.storage is None else k.storage for k in known}
@@ -267,6 +279,52 @@ def same_mode(first: fx.Node, second: fx.Node) -> bool:
         # by.
         return True
     return a.movable and b.movable and a.grad == b.grad
+
+
+def keepers(node: fx.Node) -> set[fx.Node]:
+    """The nodes that do more with the value of ``node``, or with a view of it, than to compute other values: the
+    output, writes, hooks, and calls that may do anything with what they are given.
+    """
+    found: set[fx.Node] = set()
+    values = [node]
+    for value in values:
+        lies = facts(value)
+        for user in value.users:
+            known, name = facts(user), getattr(user.target, "__name__", user.target)
+            if known is None or known.writes or lies is None or lies.storage in (None, EVERYTHING):
+                found.add(user)
+            elif known.type is not None:
+                if (known.storage in (lies.storage, EVERYTHING) or name in COPIES_AT_NEED) and user not in values:
+                    values.append(user)
+            elif known.movable and name != "grad" and user.users and all(_is_item(item) for item in user.users):
+                # Several tensors, of which some may be views (``split``).
+                values += [item for item in user.users if item not in values]
+            else:
+                found.add(user)
+    return found
+
+
+def lead_to_one_end(graph: fx.Graph, *nodes: fx.Node) -> bool:
+    """Whether all gradients of these values come from one place: a result of the graph, a write, a call that may start
+    a backward pass. Then one backward pass needs them all, and no other needs any.
+    """
+    followed = {known.storage for node in graph.nodes if (known := facts(node)) and may_require_grad(node)}
+    ends: dict[fx.Node, set[fx.Node]] = {}
+    for node in reversed(graph.nodes):
+        found: set[fx.Node] = set()
+        known = facts(node)
+        if node.op != "output" and (known is None or known.type is None or known.type.requires_grad):
+            found = found.union(*(ends[user] for user in node.users))
+            starts = known is None or (known.type is None and not known.movable) or node.target is torch.autograd.grad
+            carries = any(storage == EVERYTHING or storage in followed for storage in writes(node))
+            if starts or carries or any(user.op == "output" for user in node.users):
+                found.add(node)
+        ends[node] = found
+    return len(set[fx.Node]().union(*(ends[node] for node in nodes))) <= 1
+
+
+def _is_item(node: fx.Node) -> bool:
+    return node.target is operator.getitem and type_of(node) is not None
 
 
 def uses(node: fx.Node) -> int:

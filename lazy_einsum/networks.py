@@ -93,6 +93,25 @@ def _single_seconds(spec: EinsumSpec, shape: Sequence[int]) -> float:
     return 0.0 if elements == results else sum_seconds(elements, results, term[-1] not in spec.output)
 
 
+def einsum_seconds(
+    spec: EinsumSpec,
+    shapes: Sequence[tuple[int, ...]],
+    optimize: object = "auto",
+    limit: int | None = None,
+    frozen: tuple[bool, ...] = (),
+) -> float:
+    """What the cost model expects of an einsum of operands of these shapes, ``frozen`` or not, in the best order.
+
+    Raises:
+        MemoryLimitError: no order was found of which no intermediate has more elements than ``limit``.
+    """
+    if len(shapes) == 1:
+        return 0.0 if any(frozen) else _single_seconds(spec, shapes[0])
+    if len(shapes) < 3:
+        return order_seconds(spec, shapes, ((0, 1),), frozen)
+    return make_plan(spec.canonical(), shapes, optimize, limit, frozen=frozen).seconds
+
+
 def pays(after: float, before: float, least: float) -> bool:
     """Whether calls are to be rewritten that take ``before`` by the cost model, and then ``after``: only where that is
     clearly less, by so many seconds at ``least``. The model knows sizes alone, and not the views that direct calls
@@ -189,12 +208,7 @@ class Networks:
     def plan_seconds(self, spec: EinsumSpec, operands: Sequence[fx.Node]) -> float:
         """What the cost model expects of one einsum of operands of known types."""
         shapes = [known.shape for operand in operands if (known := type_of(operand))]
-        frozen = self._frozen(operands)
-        if len(shapes) == 1:
-            return 0.0 if any(frozen) else _single_seconds(spec, shapes[0])
-        if len(shapes) < 3:
-            return order_seconds(spec, shapes, ((0, 1),), frozen)
-        return make_plan(spec.canonical(), shapes, self.optimize, frozen=frozen).seconds
+        return einsum_seconds(spec, shapes, self.optimize, frozen=self._frozen(operands))
 
     def _frozen(self, operands: Sequence[fx.Node]) -> tuple[bool, ...]:
         return tuple(operand in self.frozen for operand in operands) if self.frozen else ()

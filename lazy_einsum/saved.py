@@ -5,7 +5,7 @@ contraction orders of which it saves little more than that.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Hashable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -159,6 +159,10 @@ class Tape:
         """The type of a value."""
         return TensorType.of(self.values[value])
 
+    def followed_type_of(self, value: int) -> TensorType:
+        """The type of a value; ``requires_grad`` says whether autograd follows it."""
+        return replace(self.type_of(value), requires_grad=self._follows[value])
+
     def run(self, calls: Sequence[Call], operands: Sequence[int]) -> int:
         """Run calls whose operands are these values; the number of the result."""
         numbers = list(operands)
@@ -214,11 +218,16 @@ def _storage(value: torch.Tensor) -> int:
 def eager_saved(network: WrittenNetwork) -> Tape | None:
     """What eager torch does for the einsums as they were written; ``None`` where that can't be told."""
     tape = Tape(network.types, network.memory)
-    operands = iter(range(len(network.types)))
+    return None if _run_written(tape, network.written, range(len(network.types))) is None else tape
+
+
+def _run_written(tape: Tape, written: Written, values: Sequence[int]) -> int | None:
+    """What eager torch does for einsums whose operands are these values; the number of the result."""
+    operands = iter(values)
     results: dict[int, int] = {}
     leaves: dict[int, list[int]] = {}
     # Operands of the whole come in the order of the tree, which is another one than that in which its einsums run.
-    stack = [network.written]
+    stack = [written]
     while stack:
         node = stack[-1]
         own = leaves.setdefault(id(node), [])
@@ -236,7 +245,44 @@ def eager_saved(network: WrittenNetwork) -> Tape | None:
             own.append(results[id(inner)])
         else:
             stack.append(inner)
-    return tape
+    return results[id(written)]
+
+
+Step = tuple[Written | Plan, Sequence[Hashable], Hashable]
+"""Einsums as they were written, or as they are planned, names of their operands, and a name for the result."""
+
+
+def save_more(ratio: float, before: Sequence[Step], after: Sequence[Step], leaves: Sequence[fx.Node]) -> bool:
+    """Whether autograd saves more than ``ratio`` times as much of the calls ``after`` as of those ``before``, or that
+    can't be told.
+
+    Args:
+        ratio: the limit.
+        before: einsums in an order in which they may run.
+        after: others, of the same operands.
+        leaves: these operands, as autograd follows them, by which both name them.
+    """
+    least, most = _saved_of(before, leaves), _saved_of(after, leaves)
+    return least is None or most is None or most > ratio * least
+
+
+def _saved_of(steps: Sequence[Step], leaves: Sequence[fx.Node]) -> int | None:
+    types = [_at(known, int) for leaf in leaves if (known := type_of(leaf))]
+    if len(types) < len(leaves):
+        return None
+    tape = Tape(types, memory_of(leaves))
+    numbers: dict[Hashable, int] = {leaf: number for number, leaf in enumerate(leaves)}
+    for what, names, name in steps:
+        own = [numbers[operand] for operand in names]
+        result: int | None
+        if isinstance(what, Plan):
+            result = tape.run(lower_plan(what, [tape.followed_type_of(value) for value in own]).calls, own)
+        else:
+            result = _run_written(tape, what, own)
+        if result is None:
+            return None
+        numbers[name] = result
+    return tape.saved
 
 
 def plan_saving(

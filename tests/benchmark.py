@@ -64,6 +64,11 @@ def lora(x: Tensor, w: Tensor, a: Tensor, b: Tensor) -> Tensor:
     return torch.einsum("bi,oi->bo", x, w) + torch.einsum("bi,oi->bo", x, low)
 
 
+def twice(a: Tensor, b: Tensor, c: Tensor, d: Tensor) -> Tensor:
+    """The same product of ``a`` and ``b`` in two einsums."""
+    return torch.einsum("ij,jk,kl->il", a, b, c) + torch.einsum("jk,ij,lk->il", b, a, d)
+
+
 CASES = [
     _einsum_case("tutorial zij,zjk,zk->zi (1000)", "zij,zjk,zk->zi", (1000, 4, 5), (1000, 5, 8), (1000, 8)),
     _einsum_case("e3nn zui,zj,zuv,ijk->zvk", "zui,zj,zuv,ijk->zvk", (64, 32, 3), (64, 3), (64, 32, 32), (3, 3, 5)),
@@ -73,6 +78,7 @@ CASES = [
     Case("chain of three with scalars (256)", chain, ((256, 2), (256, 256), (256, 256), (256, 256))),
     Case("matrix products by einsum (256)", matrix_chain, ((256, 256), (256, 256), (256, 256), (256, 1))),
     Case("LoRA (64, 512, rank 8)", lora, ((64, 512), (512, 512), (8, 512), (512, 8))),
+    Case("the same sub-contraction twice (256)", twice, ((256, 256),) * 4),
     _einsum_case("attention bthd,bshd->bhts", "bthd,bshd->bhts", (4, 64, 8, 32), (4, 64, 8, 32)),
     _einsum_case("one matrix product (64)", "ij,jk->ik", (64, 64), (64, 64)),
 ]

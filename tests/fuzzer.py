@@ -167,7 +167,31 @@ HOOKS = replace(
     dtype_weights=(4, 1),
 )
 
-PROFILES = {profile.name: profile for profile in (EVERYTHING, PURE, EFFECTS, KEYS, PREDECESSOR, PRODUCTS, HOOKS)}
+# The same contractions several times, and values with several users, among writes and regions. In half of these
+# programs all is shared that may be.
+SHARING = replace(
+    EVERYTHING,
+    name="sharing",
+    weights={
+        "again": 6,
+        "einsum": 4,
+        "chain": 2,
+        "product": 2,
+        "matmul": 3,
+        "scalar": 1,
+        "turn": 1.5,
+        "view": 1.5,
+        "unary": 0.7,
+        "in_place": 1.2,
+        "write_later": 0.4,
+        "region": 0.7,
+    },
+    all_forms=False,
+    statements=(6, 12),
+)
+
+_ALL = (EVERYTHING, PURE, EFFECTS, KEYS, PREDECESSOR, PRODUCTS, HOOKS, SHARING)
+PROFILES = {profile.name: profile for profile in _ALL}
 
 
 @dataclass(frozen=True)
@@ -282,6 +306,7 @@ class Generator:
         self.counter = 0
         self.used: set[str] = set()
         self.inverse: dict[str, str] = {}
+        self.contractions: list[tuple[str, tuple[str, ...] | None]] = []
         self.pinned: set[str] = set()
         self.low_precision = False
         self.constant = profile.regions and self.random.random() < 0.25
@@ -425,6 +450,8 @@ class Generator:
         self.used.update(re.findall(r"\b(?:self\.)?[a-z]\d+\b", code))
         value = Value(name, dims or (), results[0].dtype)
         self.values.append(value)
+        if re.search(r"einsum|matmul| @ |\.(mm|bmm|mv|dot)\(", code):
+            self.contractions.append((code, dims))
         self.lines.append("    " * self.indent + f"{name} = {code}")
         return value
 
@@ -824,6 +851,37 @@ class Generator:
             )
         )
         self._keep(text, a.dims)
+
+    def _again(self) -> None:
+        """A contraction that was there before, in another order, under other names, or times one more tensor."""
+        rng = self.random
+        if not self.contractions:
+            raise Rejected
+        code, dims = rng.choice(self.contractions[-4:])
+        found = re.fullmatch(r"torch\.(functional\.)?einsum\('([a-zA-Z,]+)->([a-zA-Z]*)', ([^()]+)\)", code)
+        if found is not None and dims is not None and rng.random() < 0.8:
+            letters = dict(zip(LETTERS, rng.sample(LETTERS, len(LETTERS))))
+            terms = list(zip(found[2].split(","), found[4].split(", ")))
+            places = list(range(len(dims)))
+            rng.shuffle(terms)
+            if rng.random() < 0.5:
+                rng.shuffle(places)
+            if rng.random() < 0.4 and places:
+                # A label of the result goes on to another tensor.
+                label = rng.choice(found[3])
+                b = self._pick(
+                    lambda v: v.dtype == self.dtype and v.rank == 1 and v.dims[0] == dims[found[3].index(label)]
+                )
+                terms.append((label, b.name))
+                places.remove(found[3].index(label))
+            equation = f"{','.join(term for term, _ in terms)}->{''.join(found[3][place] for place in places)}"
+            equation = "".join(letters.get(character, character) for character in equation.replace("->", ">"))
+            code = f"torch.einsum({equation.replace('>', '->')!r}, {', '.join(name for _, name in terms)})"
+            dims = tuple(dims[place] for place in places)
+        elif dims is not None and len(dims) > 1 and rng.random() < 0.6:
+            b = self._pick(lambda v: v.dtype == self.dtype and v.rank in (1, 2) and v.dims[0] == dims[-1], recent=0.1)
+            code, dims = f"({code}) @ {b.name}", (*dims[:-1], *b.dims[1:])
+        self._keep(code, dims)
 
     # scalars ----------------------------------------------------------------------------------------------------------
 
@@ -1622,7 +1680,9 @@ def optimized(program: Program) -> Callable[[nn.Module], Callable[..., Any]]:
 
 
 def check_against(library: str, program: Program, networks: bool | None = None) -> Failure | None:
-    """Check a program with a named library, in ``every_network`` or not (``None``: half of profile products)."""
+    """Check a program with a named library, in ``every_network`` or not (``None``: half of the profiles products and
+    sharing).
+    """
     if library == "eager":
         return check(program, lambda module: module)
     if library == "opt_einsum_fx":
@@ -1639,16 +1699,16 @@ def check_against(library: str, program: Program, networks: bool | None = None) 
 
         return check(program, wrap, values_only=True, calls=[FIRST])
     if networks is None:
-        networks = program.profile == "products" and program.seed % 2 == 1
+        networks = program.profile in ("products", "sharing") and program.seed % 2 == 1
     with every_network() if networks else nullcontext():
         return check(program, optimized(program))
 
 
 @contextmanager
 def every_network() -> Iterator[None]:
-    """Products join others, and multiply the terms of sums, whether that pays or not."""
+    """Products join others, multiply the terms of sums, are shared, whether that pays or not."""
     with ExitStack() as stack:
-        for name in ("join_products", "distribute"):
+        for name in ("join_products", "distribute", "share"):
             # Of the package, the name is that of the function.
             module = importlib.import_module(f"lazy_einsum.passes.{name}")
             stack.enter_context(patch.object(module, "pays", lambda *seconds: True))

@@ -117,6 +117,74 @@ def program(
     return add
 
 
+# -- equal contractions: large enough to be computed once, where that may be -------------------------------------------
+
+
+_LARGE = t(72, 72), t(72, 72), t("n", 72)
+
+
+@program("equal contractions, in another order", *_LARGE, second=False)
+def _(a, b, x):
+    return einsum("ij,jk,nk->ni", a.tanh(), b, einsum("ij,jk,nk->ni", a, b, x)) + x @ einsum("yz,xy->zx", b, a).sin()
+
+
+@program("equal parts of large contractions", *_LARGE, second=False)
+def _(a, b, x):
+    y = einsum("ij,jk,kl->il", a, b, a.sin())
+    return x @ (y + einsum("kl,ij,jk->il", b.sin(), a, b))
+
+
+@program("equal results", *_LARGE, second=False)
+def _(a, b, x):
+    return einsum("ij,jk->ik", a, b), einsum("xy,yz->xz", a, b), x * 2
+
+
+@program("equal results without gradients", t(72, 72, grad=False), t(72, 72, grad=False), t("n", 72))
+def _(a, b, x):
+    y = einsum("xy,yz->xz", a, b)
+    return einsum("ij,jk->ik", a, b), y.T, y[0], x * y[0]
+
+
+@program("a result equal to a value", *_LARGE, second=False)
+def _(a, b, x):
+    return einsum("ij,jk->ik", a, b), x @ einsum("xy,yz->xz", a, b).sin()
+
+
+@program("equal contractions, a write between", *_LARGE, copies=True, second=False)
+def _(a, b, x):
+    y = einsum("ij,jk->ik", a.detach(), b.detach()).sin()
+    a.detach().mul_(2)
+    return x @ (y + einsum("ij,jk->ik", a.detach(), b.detach()))
+
+
+@program("equal contractions, one written", *_LARGE, second=False)
+def _(a, b, x):
+    y, z = einsum("ij,jk->ik", a, b), einsum("ij,jk->ik", a, b)
+    y.view(-1)[:9].add_(1)
+    return x @ (y.sin() + z)
+
+
+@program("equal contractions, one without gradients", *_LARGE, not_for_fx="grad mode", second=False)
+def _(a, b, x):
+    with torch.no_grad():
+        y = einsum("ij,jk->ik", a, b)
+    return x @ (y.sin() + einsum("ij,jk->ik", a, b))
+
+
+@program("equal contractions, one with a hook", *_LARGE, not_for_fx="hooks", second=False)
+def _(a, b, x):
+    y = einsum("ij,jk->ik", a, b)
+    if y.requires_grad:
+        y.register_hook(lambda g: g * 2)
+    return x @ (y.sin() + einsum("ij,jk->ik", a, b))
+
+
+@program("equal contractions of random numbers", *_LARGE, second=False)
+def _(a, b, x):
+    y = einsum("ij,jk->ik", F.dropout(a), b)
+    return x @ (y.sin() + einsum("ij,jk->ik", F.dropout(a), b))
+
+
 # -- scalars: where a factor may go (denominators, both operands, several uses) ---------------------------------------
 
 

@@ -90,6 +90,12 @@ def twice(x: Tensor, y: Tensor, z: Tensor) -> Tensor:
     return einsum("ab,ac,cd,ad->bd", x, y, z, y @ z)
 
 
+def alike(a: Tensor, b: Tensor, c: Tensor, d: Tensor) -> Tensor:
+    """A product in three einsums, of operands that are wide and thin."""
+    one = einsum("ij,jk,kl->il", a, b, c).sin() + einsum("jk,ij,lk->il", b, a, d)
+    return one + einsum("ij,jk,kl,lm->im", a, b, c, d)
+
+
 #: name -> child, shapes of its operands.
 CHILDREN: dict[str, tuple[Callable[..., Tensor], Sequence[tuple[int, ...]]]] = {
     "tutorial": (lambda a, b, c: einsum("zij,zjk,zk->zi", a, b, c), [(100, 4, 5), (100, 5, 8), (100, 8)]),
@@ -104,6 +110,8 @@ CHILDREN: dict[str, tuple[Callable[..., Tensor], Sequence[tuple[int, ...]]]] = {
     "gradient": (gradient, [(3, 3, 400), (3, 35, 35), (400, 35)]),
     "outer product first": (outer, [(3, 3, 40), (3, 15, 15), (40, 15)]),
     "a value used twice": (twice, [(30, 20), (30, 10), (10, 40)]),
+    "the same product in several": (alike, [(80, 80), (80, 80), (80, 80), (80, 80)]),
+    "the same product, the rest thin": (alike, [(600, 60), (60, 70), (70, 70), (70, 70)]),
     "one tensor twice": (lambda x, y: einsum("ab,bc,ac,cd->ad", x, y, x, y.mT), [(30, 20), (20, 20)]),
     "a diagonal": (lambda x, y, z: einsum("a,aba,b->b", x, y, z), [(20,), (20, 5, 20), (5,)]),
 }

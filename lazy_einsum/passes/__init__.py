@@ -16,6 +16,7 @@ from .fuse_scalars import fuse_scalars
 from .join_products import join_products
 from .lower import lower
 from .place_scalars import place_scalars
+from .share import share
 
 Pass = Callable[[fx.Graph], fx.Graph]
 
@@ -50,6 +51,7 @@ PASSES: tuple[tuple[str, Callable[[Options], Pass]], ...] = (
         lambda options: join_products(options.optimize, options.memory_limit, options.reassociate),
     ),
     ("fuse_einsums", lambda options: fuse_einsums(options.reassociate)),
+    ("share", lambda options: share(options.optimize, options.memory_limit, options.saved_limit)),
     (
         "choose_paths",
         lambda options: choose_paths(options.optimize, options.memory_limit, saved_limit=options.saved_limit),
