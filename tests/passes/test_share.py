@@ -75,7 +75,7 @@ def test_parts_of_two():
         # Wholes: the same, operands in another order, the result turned.
         (lambda a, b, c, d: einsum("ij,jk->ik", a, b).tanh() + einsum("xy,yz->xz", a, b).sin(), 1),
         (lambda a, b, c, d: einsum("ij,jk->ik", a, b).tanh() + einsum("yz,xy->xz", b, a).sin(), 1),
-        (lambda a, b, c, d: einsum("ik,kl->il", (h := einsum("ij,jk->ik", a, b)), c) + h * einsum("ij,jk->ik", a, b), 2),
+        (lambda a, b, c, d: einsum("ik,kl->il", h := einsum("ij,jk->ik", a, b), c) + h * einsum("ij,jk->ik", a, b), 2),
         # A whole and a part, either way round.
         (lambda a, b, c, d: einsum("ij,jk->ik", a, b).sin() @ einsum("ij,jk,kl->il", a, b, c), 2),
         (lambda a, b, c, d: einsum("ij,jk,kl->il", a, b, c) + einsum("ij,jk->ki", a, b).sin(), 2),
@@ -363,7 +363,7 @@ def test_orders_of_the_users_own_and_memory():
         assert all("einsum('ab,bc->ac', x0, x1)" not in line for line in lines(share(memory_limit=99_000)(graph)))
 
 
-# -- through all passes -------------------------------------------------------------------------------------------------
+# -- through all passes ------------------------------------------------------------------------------------------------
 
 
 def test_sizes_that_vary():
