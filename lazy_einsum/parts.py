@@ -8,6 +8,7 @@ import threading
 import weakref
 from collections.abc import Hashable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -188,7 +189,9 @@ class PartDispatcher(Dispatcher):
     """
 
     def __init__(self, name: str, whole: WholeDispatcher) -> None:
-        super().__init__(name, whole.settings, whole.cache)
+        # What calls a live module was traced with the strides that eager gives.
+        options = replace(whole.settings.options, exact=True)
+        super().__init__(name, replace(whole.settings, options=options), whole.cache)
         self._whole = weakref.ref(whole)
         self._idle: set[Hashable] = set()
 

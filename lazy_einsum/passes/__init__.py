@@ -33,6 +33,7 @@ class Options:
         saved_limit: what autograd may save of contractions for the backward pass, in parts of what it saves in eager
             torch.
         folds: whether what depends on frozen tensors only is computed once.
+        exact: results that leave the graph have each stride of eager's: other specialized code takes them.
     """
 
     optimize: object = "auto"
@@ -40,6 +41,7 @@ class Options:
     reassociate: bool | None = None
     saved_limit: float | None = None
     folds: bool = False
+    exact: bool = False
 
 
 PASSES: tuple[tuple[str, Callable[[Options], Pass]], ...] = (
@@ -57,7 +59,7 @@ PASSES: tuple[tuple[str, Callable[[Options], Pass]], ...] = (
         lambda options: choose_paths(options.optimize, options.memory_limit, saved_limit=options.saved_limit),
     ),
     ("place_scalars", lambda options: place_scalars(options.reassociate)),
-    ("lower", lambda options: lower(options.reassociate)),
+    ("lower", lambda options: lower(options.reassociate, options.exact)),
 )
 
 FOLD: tuple[str, Callable[[Options], Pass]] = ("fold", lambda options: fold(options.memory_limit))

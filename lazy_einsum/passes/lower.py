@@ -46,7 +46,7 @@ _VIEWS = frozenset({"permute", "unsqueeze", "expand", "diagonal", "transpose"})
 _DEPTH = 64
 
 
-def lower(reassociate: bool | None = None) -> Callable[[fx.Graph], fx.Graph]:
+def lower(reassociate: bool | None = None, exact: bool = False) -> Callable[[fx.Graph], fx.Graph]:
     """The pass that replaces einsums by the fewest calls that compute them.
 
     Before::
@@ -73,6 +73,7 @@ def lower(reassociate: bool | None = None) -> Callable[[fx.Graph], fx.Graph]:
 
     Args:
         reassociate: True moves factors in float16 as well; False moves none.
+        exact: what leaves the graph has each stride that its facts say.
     """
 
     def run(graph: fx.Graph) -> fx.Graph:
@@ -94,7 +95,7 @@ def lower(reassociate: bool | None = None) -> Callable[[fx.Graph], fx.Graph]:
         for tree in reversed(trees):
             leaves = [written.get(leaf, leaf) for leaf in tree.leaves]
             users = [user for user in tree.root.users if user not in blind]
-            written[tree.root] = write.tree(tree, leaves, _asked(tree, users))
+            written[tree.root] = write.tree(tree, leaves, _asked(tree, users, exact))
         erase_unused_numbers(new)
         return new
 
@@ -358,7 +359,7 @@ def _shape(node: fx.Node) -> tuple[int, ...]:
     return known.shape
 
 
-def _asked(tree: _Tree, users: Sequence[fx.Node]) -> Strides | None:
+def _asked(tree: _Tree, users: Sequence[fx.Node], exact: bool) -> Strides | None:
     """What is asked of the strides of a tree's result by those of its users that see them.
 
     Code of the graph may depend on each stride; code outside is only to find each view there that it found before.
@@ -366,4 +367,4 @@ def _asked(tree: _Tree, users: Sequence[fx.Node]) -> Strides | None:
     known = type_of(tree.root)
     if tree.is_view or not users or known is None:
         return None
-    return Strides(known.stride, exact=any(user.op != "output" for user in users))
+    return Strides(known.stride, exact or any(user.op != "output" for user in users))
