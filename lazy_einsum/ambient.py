@@ -16,7 +16,6 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
-from torch.autograd import forward_ad
 from torch.utils._device import DeviceContext
 
 from .signature import TensorType
@@ -152,15 +151,10 @@ class Modes(NamedTuple):
         others = (
             any_autocast() and autocast_state(),
             in_functorch(),
-            forward_ad._current_level,
+            torch.autograd.forward_ad._current_level,  # what dual_level() opens; there is no public query
             keeps_parametrized(),
         )
         return cls(torch.is_inference_mode_enabled(), torch.get_default_dtype(), saved_tensor_hooks(), others)
-
-
-def in_dual_level() -> bool:
-    """Whether ``torch.autograd.forward_ad.dual_level()`` is active. (No public query exists.)"""
-    return forward_ad._current_level >= 0
 
 
 def keeps_parametrized() -> bool:

@@ -15,7 +15,6 @@ import torch
 from torch import fx, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from . import ambient as ambient_module
 from .signature import TensorType
 
 
@@ -87,8 +86,7 @@ class Kept:
     def __call__(self, *tensors: torch.Tensor) -> torch.Tensor:
         """The value."""
         folds = self._folds()
-        if folds is None or ambient_module.in_dual_level():
-            # A dual number's tangent is part of it.
+        if folds is None:
             return self.fold(*tensors)
         value = folds.values.get(self)
         if value is not None and value.is_of(tensors):
@@ -201,14 +199,9 @@ class Folds:
             if value is not None and value.is_of(tensors):
                 return value.tensor  # another thread was faster
             states = tuple(map(_State.of, tensors))
-            cache = torch.is_autocast_cache_enabled()
-            # An inference tensor can't be used under autograd later, nor a cast that autocast has kept without it.
+            # An inference tensor can't be used under autograd later.
             with torch.inference_mode(False), torch.no_grad():
-                torch.set_autocast_cache_enabled(False)
-                try:
-                    tensor = kept.fold(*tensors)
-                finally:
-                    torch.set_autocast_cache_enabled(cache)
+                tensor = kept.fold(*tensors)
             if kept in self._users:
                 self.values[kept] = _Value(tensor, states, stream)
             return tensor

@@ -644,6 +644,10 @@ class Recorder(TorchFunctionMode):
         self._hooked_memory.add(self._storage(tensor))
         self._hooks = self._hooks or name != "retain_grad"
         node = self._node(tensor)
+        made = facts(node)
+        if made is not None and not made.grad and node.op != "placeholder":
+            # Whether it requires grad depends on whether the tensor that it is a view of is a view itself.
+            raise self.fail("forward gives a hook to a view that it made while grad mode was off")
         given = [self._closures.record(item) for item in (*hook, *hooks.values())]
         self._stamp_effect(self.graph.call_method(name, (node, *given)), user_line())
         return None if name == "retain_grad" else _Handle(self.fail)

@@ -152,20 +152,26 @@ def _places(tensor: Tensor) -> Tensor:
 
 
 def _gradients(
-    outputs: list[Tensor], leaves: Mapping[str, Tensor], second: bool
+    outputs: list[Tensor], leaves: Mapping[str, Tensor], second: bool, in_turn: bool
 ) -> tuple[dict[str, Tensor | None], Exception | None]:
     wanted = {name: leaf for name, leaf in leaves.items() if leaf.requires_grad}
     differentiable = [out for out in outputs if "requires_grad=True" in _place(out)]
     if not wanted or not differentiable:
         return {}, None
     generator = torch.Generator().manual_seed(7)
-    total = torch.zeros((), dtype=torch.float64)
+    totals = []
     for out in differentiable:
         cotangent = torch.rand(out.shape, generator=generator, dtype=torch.float64) + 0.5
         product = out * cotangent.to(out.dtype)
-        total = total + (product.real + product.imag if product.is_complex() else product).sum().to(torch.float64)
+        totals.append((product.real + product.imag if product.is_complex() else product).sum().to(torch.float64))
     found: dict[str, Tensor | None] = {}
     try:
+        if in_turn:
+            for number, total in enumerate(totals):
+                parts = torch.autograd.grad(total, list(wanted.values()), allow_unused=True)
+                found.update((f"{name} of result {number}", g) for name, g in zip(wanted, parts))
+            return {name: None if g is None else _snapshot(g) for name, g in found.items()}, None
+        total = torch.stack(totals).sum()
         first = torch.autograd.grad(total, list(wanted.values()), allow_unused=True, create_graph=second)
         found.update(zip(wanted, first))
         if second:
@@ -188,12 +194,14 @@ def observe(
     seed: int = 0,
     gradients: bool = True,
     second: bool = False,
+    in_turn: bool = False,
     leaves: Mapping[str, Tensor] | None = None,
 ) -> Observation:
     """Run ``call(*args, **kwargs)`` and write down everything that it did.
 
     ``module`` is where state is read from (``call`` itself if left out); ``leaves`` are what gradients are taken for
-    (by default those inputs and parameters that are leaves and require gradients).
+    (by default those inputs and parameters that are leaves and require gradients), ``second`` ones too, or of one
+    result after the other (``in_turn``), as separate losses do.
     """
     kwargs = dict(kwargs or {})
     module = call if module is None else module
@@ -222,7 +230,7 @@ def observe(
         if leaves is None:
             leaves = {name: t for name, t in named.items() if t.is_leaf and t.requires_grad}
         with torch.inference_mode(False), torch.enable_grad():
-            found, failed = _gradients(outputs, leaves, second)
+            found, failed = _gradients(outputs, leaves, second, in_turn)
     return Observation(
         error=None,
         structure=str(spec),

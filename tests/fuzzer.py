@@ -305,6 +305,7 @@ class Generator:
         self.values: list[Value] = []
         self.counter = 0
         self.used: set[str] = set()
+        self.inside: set[str] = set()  # values made in regions
         self.inverse: dict[str, str] = {}
         self.contractions: list[tuple[str, tuple[str, ...] | None]] = []
         self.pinned: set[str] = set()
@@ -447,6 +448,8 @@ class Generator:
                 expected = tuple(self._size(symbol, sizes) for symbol in dims)
                 assert tuple(result.shape) == expected, f"{code}: {tuple(result.shape)} != {expected}"
         self.counter += 1
+        if self.indent:
+            self.inside.add(name)
         self.used.update(re.findall(r"\b(?:self\.)?[a-z]\d+\b", code))
         value = Value(name, dims or (), results[0].dtype)
         self.values.append(value)
@@ -1203,7 +1206,9 @@ class Generator:
     def _hook(self) -> None:
         """A hook on a value, used before or not."""
         rng = self.random
-        a = rng.choice([v for v in self.values if v.name.startswith("v")] or [self._pick()])
+        # Views made in regions without gradients may require some, or not: as what they are views of came about.
+        made = [v for v in self.values if v.name.startswith("v") and v.name not in self.inside]
+        a = rng.choice(made or [self._pick()])
         hooks = (
             "lambda g: g * 3",
             f"lambda g: g * {a.name}.detach()",
@@ -1473,8 +1478,8 @@ def _call(
             stack.enter_context(torch.autocast("cpu"))
         if rounding is not None:
             stack.enter_context(rounding)
-        second = call == FIRST and program.seed % 3 == 0
-        return observe(target, tuple(passed), kwargs, module=module, leaves=wanted, second=second)
+        second, in_turn = (call == FIRST and program.seed % 3 == rest for rest in (0, 1))
+        return observe(target, tuple(passed), kwargs, module=module, leaves=wanted, second=second, in_turn=in_turn)
 
 
 def _within(x: Tensor, others: Sequence[Tensor], shared: str) -> Tensor:

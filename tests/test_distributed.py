@@ -197,7 +197,7 @@ def ddp_checkpoint(rank: int) -> None:
 
 def ddp_refused(rank: int) -> None:
     """What it wraps can't be traced as a whole: its parts are specialized, with one warning on it."""
-    with falls_back("module (Checkpointed) runs as it is, not optimized: forward changes a mode"):
+    with falls_back("module (Checkpointed) runs as it is, not optimized: forward uses checkpointing"):
         train(OptimizedModule(DDP(Checkpointed())), DDP(Checkpointed()), rank)
     strict = OptimizedModule(DDP(Checkpointed()), on_untraceable="raise")
     with pytest.raises(UntraceableError, match="checkpointing"):
@@ -387,7 +387,7 @@ def fsdp_checkpoint(rank: int) -> None:
         return blocks_and_root(net)
 
     wrapped = OptimizedModule(make())
-    with falls_back("blocks.0 (FSDPCheckpointWrapper) runs as it is, not optimized: forward changes a mode"):
+    with falls_back("blocks.0 (FSDPCheckpointWrapper) runs as it is, not optimized: forward uses checkpointing"):
         train(wrapped, make(), rank)
     assert wrapped.cache_info().currsize > 0  # the rest
 

@@ -7,6 +7,7 @@ import gc
 import itertools
 import pickle
 import threading
+import time
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
@@ -91,6 +92,7 @@ def computed(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[str, ...]]]
 
     def call(self: Fold, *tensors: Tensor) -> Tensor:
         seen.append(self.names)
+        time.sleep(0.05)  # other threads may come now
         return original(self, *tensors)
 
     with monkeypatch.context() as patch:
@@ -307,6 +309,30 @@ def test_long_chains_with_frozen_matrices(n: int) -> None:
     assert cost(make_plan(spec, shapes, frozen=(True,) * n).ssa_path) > 0
 
 
+@torch.no_grad()
+def test_a_frozen_sum_is_not_distributed_over() -> None:
+    """A low-rank update of a weight, which is multiplied by itself where it is not frozen with the weight."""
+
+    class Low(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight, self.up, self.down = (
+                nn.Parameter(torch.rand(*shape, dtype=torch.float64)) for shape in ((512, 512), (512, 4), (4, 512))
+            )
+
+        def forward(self, x: Tensor) -> Tensor:
+            return nn.functional.linear(x, self.weight + self.up @ self.down)
+
+    child, x = Low(), torch.rand(8, 512, dtype=torch.float64)
+    folds = []
+    for frozen in (True, ("weight",), ("up", "down"), ("weight", "up")):
+        wrapper = OptimizedModule(child, frozen=frozen)
+        for _ in range(2):
+            torch.testing.assert_close(wrapper(x), child(x))
+        folds.append([found.names for found in _folds(wrapper)])
+    assert folds == [[("up", "down", "weight")], [], [], []]
+
+
 def test_orders_follow_the_sizes() -> None:
     """A large product of two thin matrices is not made for one vector, but is for many."""
 
@@ -396,6 +422,18 @@ def rounded(child: Chain) -> None:
     child.bfloat16().double()
 
 
+def aliased(child: Chain) -> None:
+    """Written, then in the place of its data under a new version counter: only the object tells."""
+    with torch.no_grad():
+        child.b.add_(1)
+    child.b = nn.Parameter(child.b.data)
+
+
+def moved(child: Chain) -> None:
+    """To another place of the same memory: only the address tells."""
+    child.b.data = child.memory[N:]
+
+
 def swapped(child: Chain) -> None:
     torch.utils.swap_tensors(child.a, nn.Parameter(torch.rand(N, N, dtype=torch.float64)))
 
@@ -407,6 +445,8 @@ CHANGES = [
     stepped,
     assigned,
     rounded,
+    aliased,
+    moved,
     swapped,
     lambda child: child.load_state_dict({name: tensor + 1 for name, tensor in child.state_dict().items()}),
     lambda child: child.b.detach().mul_(3),
@@ -418,6 +458,8 @@ CHANGES = [
 def test_changes_that_torch_can_tell_are_seen(change: Callable[[Chain], None]) -> None:
     """The promise is broken, and by way of the child, past the wrapper."""
     child, wrapper = pair()
+    child.memory = torch.rand(2 * N, N, dtype=torch.float64)
+    child.b.data = child.memory[:N]
     with torch.no_grad():
         before = wrapper(x_of()).clone()
     change(child)
@@ -426,6 +468,21 @@ def test_changes_that_torch_can_tell_are_seen(change: Callable[[Chain], None]) -
         close(after, child(x_of()))
         assert (after - before).abs().max() > 1e-3
         assert len(kept(wrapper)) == 1
+
+
+@torch.no_grad()
+def test_other_memory_at_the_same_address() -> None:
+    """Only the storage tells. Memory of this size is mapped for each tensor, at the first place that is free."""
+    size = 10_000_000
+    child, wrapper = pair(lambda m, x: x + m.shift.sin().sum(), frozen=("shift",))
+    child.shift = torch.zeros(size)
+    close(wrapper(x_of()), x_of())
+    address = child.shift.data_ptr()
+    child.shift.data = torch.empty(0)
+    child.shift.data = torch.ones(size)
+    if child.shift.data_ptr() != address:
+        pytest.skip("the allocator chose another place")
+    close(wrapper(x_of()), child(x_of()))
 
 
 @torch.no_grad()
@@ -525,7 +582,7 @@ def test_values_made_in_inference_mode_are_left_alone() -> None:
 @pytest.mark.parametrize("order", [(True, False), (False, True)])
 def test_autocast(order: tuple[bool, bool]) -> None:
     def function(self: Chain, x: Tensor) -> Tensor:
-        return x @ (self.a @ self.b).sin()
+        return x @ (self.a @ self.b).sin() + (self.b @ self.c).sum(0, dtype=torch.float32)
 
     child = Chain(function, dtype=torch.float32)
     wrapper = OptimizedModule(child, frozen=NAMES)
@@ -534,11 +591,13 @@ def test_autocast(order: tuple[bool, bool]) -> None:
         with torch.autocast("cpu", enabled=enabled), torch.no_grad():
             found, expected = wrapper(x), child(x)
         assert found.dtype == expected.dtype
-        torch.testing.assert_close(found, expected)
-    assert {value.dtype for value in kept(wrapper)} == {torch.float32, torch.bfloat16}
+        torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+    # One of each kind is of a type that does not tell in which mode it was computed.
+    dtypes = [value.dtype for value in kept(wrapper)]
+    assert (dtypes.count(torch.float32), dtypes.count(torch.bfloat16)) == (3, 1)
 
 
-def test_autocast_keeps_no_cast_without_gradients() -> None:
+def test_autocast_and_gradients_of_what_is_folded() -> None:
     """What autocast caches of a weight while a value is computed must not serve a call that needs gradients."""
     child = Chain(lambda self, x: x @ self.a + no_gradients(self), dtype=torch.float32)
 
@@ -665,6 +724,21 @@ def test_strides_are_those_that_code_relies_on() -> None:
             close(wrapper(x_of()), expected)
 
 
+@pytest.mark.parametrize("output", ["".join(order) for order in itertools.permutations("ikl")])
+@torch.no_grad()
+def test_values_have_the_strides_that_code_was_made_for(output: str) -> None:
+    """Einsums of two, which compute one of three, give others."""
+    def function(self: Chain, x: Tensor) -> Tensor:
+        operands = self.a[:3, :5], self.b[:4, :5], self.c[:2, :5]
+        return torch.einsum(f"ij,kj,lj->{output}", *operands).sin() * x.sum()
+
+    child, wrapper = pair(function)
+    close(wrapper(x_of()), child(x_of()))
+    (entry,) = wrapper.specializations.values()
+    ((folded,), (value,)) = entry.folds, kept(wrapper)
+    assert value.stride() == folded.fold.type.stride
+
+
 @torch.no_grad()
 def test_values_go_with_the_wrapper() -> None:
     child, wrapper = pair(lambda m, x: x @ (m.a @ m.b) + (m.b @ m.c).sum())
@@ -712,12 +786,13 @@ def test_values_that_no_specialization_uses_are_dropped() -> None:
 
 @torch.no_grad()
 def test_memory_limit() -> None:
-    child, wrapper = pair(memory_limit=SQUARE - 1)
-    close(wrapper(x_of()), child(x_of()))
-    assert not kept(wrapper)
-    child, wrapper = pair(memory_limit=SQUARE)
-    close(wrapper(x_of()), child(x_of()))
-    assert len(kept(wrapper)) == 1
+    def function(self: Chain, x: Tensor) -> Tensor:
+        return x @ self.a.sin()
+
+    for limit in (SQUARE - 1, SQUARE):
+        child, wrapper = pair(function, memory_limit=limit)
+        close(wrapper(x_of()), child(x_of()))
+        assert len(kept(wrapper)) == (limit == SQUARE)
 
 
 # -- the wrapper ------------------------------------------------------------------------------------------------------

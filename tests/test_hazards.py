@@ -1253,6 +1253,14 @@ def hook_too_early(self: Any, x: Tensor) -> Any:
     return y.sin()
 
 
+def hook_on_view_without_grad(self: Any, x: Tensor) -> Any:
+    with torch.no_grad():
+        view = x.T
+    if view.requires_grad:
+        view.register_hook(lambda g: g * 4)
+    return view
+
+
 def hook_removed(self: Any, x: Tensor) -> Any:
     y = x * 2
     y.register_hook(lambda g: g * 4).remove()
@@ -1359,6 +1367,7 @@ for name, make_hook, reason in (
     ("sets a variable", hook_that_sets, "sets count"),
     ("uses a list", hook_that_keeps, "uses a list"),
     ("uses what is set afterwards", hook_too_early, "sets a variable that it uses afterwards"),
+    ("is on a view made without gradients", hook_on_view_without_grad, "while grad mode was off"),
     ("is removed", hook_removed, "remove of the handle"),
     ("comes before autograd.grad", hook_and_force, "differentiates after"),
     ("comes before a write", hook_and_write, "writes to a tensor after"),
