@@ -1205,6 +1205,8 @@ class Generator:
 
     def _hook(self) -> None:
         """A hook on a value, used before or not."""
+        if self.indent:
+            raise Rejected
         rng = self.random
         # Views made in regions without gradients may require some, or not: as what they are views of came about.
         made = [v for v in self.values if v.name.startswith("v") and v.name not in self.inside]
@@ -1216,9 +1218,9 @@ class Generator:
             f"lambda g: g * (2 if self.training else 5) + {self._pick().name}.detach().abs().mean()",
             "torch.neg",
         )
-        code = f"{a.name}.requires_grad and {a.name}.register_hook({rng.choice(hooks)})"
-        if rng.random() < 0.2:
-            code = f"{a.name}.requires_grad and {a.name}.retain_grad()"
+        # (So may all views in a call without gradients.)
+        code = f"torch.is_grad_enabled() and {a.name}.requires_grad and {a.name}"
+        code += ".retain_grad()" if rng.random() < 0.2 else f".register_hook({rng.choice(hooks)})"
         self._run(code, None)
         self.lines.append("    " * self.indent + code)
 
