@@ -436,7 +436,7 @@ class _Write(NamedTuple):
 
     def _rename(self, node: fx.Node, before: str, after: str) -> None:
         """Let the einsums that use ``node`` find its dimensions, ``before``, in the order ``after``."""
-        for user in node.users if before != after else ():
+        for user in list(node.users) if before != after else ():
             found = read_einsum(user)
             assert found is not None
             spec, operands = found
