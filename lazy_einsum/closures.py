@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import dis
 import inspect
-import sys
 import types
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -52,6 +51,7 @@ class Closures:
         known: gives the node, or the constant, for a tensor, a module, what belongs to one, or plain data; refuses all
             else.
         itself: gives the node for an object that all calls share, of the given name.
+        is_shared: whether all calls share a variable of this name, as it is one of a function around ``forward``.
         write: writes a call.
         refuse: makes the error for a reason.
     """
@@ -60,11 +60,13 @@ class Closures:
         self,
         known: Callable[[Any], Any],
         itself: Callable[[Any, str], Any],
+        is_shared: Callable[[types.CellType, str], bool],
         write: Write,
         refuse: Callable[[str], Exception],
     ) -> None:
         self._known = known
         self._itself = itself
+        self._is_shared = is_shared
         self._write = write
         self._refuse = refuse
         self._taken: list[tuple[types.CellType, Any]] = []
@@ -75,6 +77,8 @@ class Closures:
         Raises:
             UntraceableError: it holds what can't be told apart from call to call (a list made by ``forward``).
         """
+        if type(value) is tuple:
+            return tuple(map(self.record, value))
         if isinstance(value, types.MethodType):
             return self._write(bound, (self.record(value.__func__), self.record(value.__self__)), {})
         if isinstance(value, partial):
@@ -97,9 +101,8 @@ class Closures:
         if set_outside := _sets(code):
             raise self._refuse(f"forward makes a hook, {name}, which sets {set_outside}, a variable outside of it")
         values = []
-        shared = _shared_names(code)
         for variable, cell in zip(code.co_freevars, cells, strict=True):
-            if variable in shared:
+            if self._is_shared(cell, variable):
                 values.append(self._itself(cell, variable))
             else:
                 values.append(self.record(self._take(cell, variable, name)))
@@ -132,15 +135,3 @@ def _sets(code: types.CodeType) -> str:
     names = [step.argval for step in dis.get_instructions(code) if step.opname in ("STORE_DEREF", "DELETE_DEREF")]
     names += (_sets(constant) for constant in code.co_consts if inspect.iscode(constant))
     return next((name for name in names if name in code.co_freevars), "")
-
-
-def _shared_names(code: types.CodeType) -> tuple[str, ...]:
-    """The variables of ``code`` that the running function which made it has from outside itself: they are the same
-    for all calls.
-    """
-    frame: types.FrameType | None = sys._getframe(1)
-    while frame is not None:
-        if code in frame.f_code.co_consts:
-            return frame.f_code.co_freevars
-        frame = frame.f_back
-    return ()

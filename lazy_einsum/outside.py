@@ -103,6 +103,10 @@ class Outside:
                 for item in found if sum(isinstance(fact, Constant) for _, fact, _ in found) <= MAX_ITEMS else ():
                     self._note(*item)
 
+    def knows(self, variable: Outer) -> bool:
+        """Whether code may read ``variable``, which is there at all calls."""
+        return variable in self._variables
+
     def find(self, tensor: torch.Tensor) -> Path | None:
         """Where ``tensor`` lies."""
         if self._tensors is None:  # few modules ask, and what can be reached may be large

@@ -79,7 +79,7 @@ from .shadow import Shadows
 from .signature import Alias, Arguments, Symbol, TensorType, contiguous_strides
 from .sizes import is_symbolic
 from .state import Path, path_name
-from .surroundings import MISSING, ContextValue, Itself, read_by_function
+from .surroundings import MISSING, Cell, ContextValue, Itself, read_by_function
 from .symbols import NotGenericError, Symbols, is_symbol, plain, seen
 from .where import asked_by_torch, user_line
 
@@ -180,7 +180,13 @@ class Recorder(TorchFunctionMode):
         self._unsure_copies: set[int] = set()
         self.failure: UntraceableError | None = None
         self.shadows = Shadows(self._fake_state, self._live_call, is_leaf)
-        self._closures = Closures(self._captured, self._itself, self._write_helper, self.fail)
+        self._closures = Closures(
+            self._captured,
+            self._itself,
+            lambda cell, name: self.shadows.outside.knows(Cell(cell, name)),
+            lambda function, args, kwargs: self._stamp_effect(self.graph.call_function(function, args, kwargs)),
+            self.fail,
+        )
         self._hooks = False
         self._hooked_memory: set[int] = set()
         self._net = Net(self.fail, self.paused)
@@ -645,7 +651,7 @@ class Recorder(TorchFunctionMode):
         self._hooks = self._hooks or name != "retain_grad"
         node = self._node(tensor)
         made = facts(node)
-        if made is not None and not made.grad and node.op != "placeholder":
+        if made is not None and not made.grad and node.op.startswith("call_"):
             # Whether it requires grad depends on whether the tensor that it is a view of is a view itself.
             raise self.fail("forward gives a hook to a view that it made while grad mode was off")
         given = [self._closures.record(item) for item in (*hook, *hooks.values())]
@@ -666,9 +672,6 @@ class Recorder(TorchFunctionMode):
     def _itself(self, value: Any, name: str) -> fx.Node:
         path: Path = (("outer", Itself(value, name)),)
         return self._live_node(self._target(path), path)
-
-    def _write_helper(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.Node:
-        return self._stamp_effect(self.graph.call_function(function, args, kwargs))
 
     def _query(self, func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The answer to a question about a tensor, where sizes are symbolic."""

@@ -1245,6 +1245,47 @@ def hook_that_keeps(self: Any, x: Tensor) -> Any:
     return y.sin()
 
 
+def hook_of_an_inner_function(self: Any, x: Tensor) -> Any:
+    factor = x.detach().cos()
+    y = x * 2
+
+    def attach() -> None:
+        y.register_hook(lambda g: g * factor)
+
+    attach()
+    return y.sin()
+
+
+def hook_of_a_made_function(self: Any, x: Tensor) -> Any:
+    def make(factor: Tensor) -> Callable[[Tensor], None]:
+        def attach(y: Tensor) -> None:
+            y.register_hook(lambda g: g * factor)
+
+        return attach
+
+    y = x * 2
+    make(x.detach().cos())(y)
+    return y.sin()
+
+
+def hook_of_an_inner_function_that_keeps(self: Any, x: Tensor) -> Any:
+    kept: list[int] = []
+    y = x * 2
+
+    def attach() -> None:
+        y.register_hook(lambda g: kept.append(1) or g * len(kept))
+
+    attach()
+    return y.sin()
+
+
+def hook_that_keeps_in_a_tuple(self: Any, x: Tensor) -> Any:
+    kept: tuple[list[int]] = ([],)
+    y = x * 2
+    y.register_hook(lambda g: kept[0].append(1) or g * len(kept[0]))
+    return y.sin()
+
+
 def hook_too_early(self: Any, x: Tensor) -> Any:
     factor = 2.0
     y = x * 2
@@ -1350,6 +1391,8 @@ for name, make_hook in {
         arguments=with_grad,
         change=lambda child: setattr(child, "scale", 7.0),
     )
+hazard("hook of an inner function", program(hook_of_an_inner_function), arguments=with_grad)
+hazard("hook of a function made inside", program(hook_of_a_made_function), arguments=with_grad)
 hazard("hooks of a loop on a result inside", program(hooks_of_a_loop, **WEIGHTS), arguments=with_grad)
 hazard("hook on a view used before", program(hook_on_a_view, **WEIGHTS), arguments=with_grad)
 hazard("hook on what new dimensions were added to", program(hook_on_new_dims, **WEIGHTS), arguments=with_grad)
@@ -1366,6 +1409,8 @@ hazard("retain_grad and autograd.grad inside", program(retained_force, **WEIGHTS
 for name, make_hook, reason in (
     ("sets a variable", hook_that_sets, "sets count"),
     ("uses a list", hook_that_keeps, "uses a list"),
+    ("uses a list, of an inner function", hook_of_an_inner_function_that_keeps, "uses a list"),
+    ("uses a list in a tuple", hook_that_keeps_in_a_tuple, "uses a list"),
     ("uses what is set afterwards", hook_too_early, "sets a variable that it uses afterwards"),
     ("is on a view made without gradients", hook_on_view_without_grad, "while grad mode was off"),
     ("is removed", hook_removed, "remove of the handle"),
