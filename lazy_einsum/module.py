@@ -71,11 +71,11 @@ def _shows_arguments(kind: type[OptimizedModule], child: Any) -> type[OptimizedM
     if key not in known:
         method: Any = kind.forward
         own, *_ = inspect.signature(method).parameters.values()
-        shown = inspect.signature(called)
+        first = own.replace(kind=inspect.Parameter.POSITIONAL_ONLY)
         try:
-            first = own.replace(kind=inspect.Parameter.POSITIONAL_ONLY)
+            shown = inspect.signature(called)
             shown = shown.replace(parameters=[first, *shown.parameters.values()])
-        except ValueError:  # one of them is a second ``self``
+        except (TypeError, ValueError):  # none is known (it wraps something of C's), or it has a ``self`` of its own
             return kind
         made = FunctionType(method.__code__, method.__globals__, method.__name__)
         made.__doc__, made.__qualname__, made.__module__ = method.__doc__, method.__qualname__, method.__module__

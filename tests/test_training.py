@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 import io
 import math
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import pytest
@@ -200,18 +201,22 @@ class _Points(Dataset[tuple[Tensor, Tensor]]):
         return torch.randn(6, generator=generator, dtype=torch.float64), torch.tensor(index / 29).double()
 
 
+def train(model: nn.Module, optimizer: torch.optim.Optimizer, data: Iterable[Any]) -> list[float]:
+    """The plain loop; its losses."""
+    losses = []
+    for x, y in data:
+        optimizer.zero_grad()
+        loss = F.mse_loss(model(x), y)
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
 def test_data_loader_with_workers() -> None:
     def loop(model: nn.Module) -> list[float]:
-        optimizer = torch.optim.Adam(model.parameters(), 0.01)
-        losses = []
         loader = DataLoader(_Points(), batch_size=8, num_workers=1, multiprocessing_context="spawn")
-        for x, y in loader:
-            optimizer.zero_grad()
-            loss = F.mse_loss(model(x), y)
-            loss.backward()
-            optimizer.step()
-            losses.append(loss.item())
-        return losses
+        return train(model, torch.optim.Adam(model.parameters(), 0.01), loader)
 
     theirs, child, ours = pair()
     for model in (theirs, ours):
@@ -223,17 +228,6 @@ def test_data_loader_with_workers() -> None:
 @pytest.mark.parametrize("wrapped_first", [False, True])
 def test_checkpoints_go_either_way(wrapped_first: bool) -> None:
     """Model and optimizer, saved in the middle of training with the wrapper or without, go on without or with it."""
-
-    def train(model: nn.Module, optimizer: torch.optim.Optimizer, part: list[tuple[Tensor, Tensor]]) -> list[float]:
-        losses = []
-        for x, y in part:
-            optimizer.zero_grad()
-            loss = F.mse_loss(model(x), y)
-            loss.backward()
-            optimizer.step()
-            losses.append(loss.item())
-        return losses
-
     theirs, _, ours = pair()
     for model in (theirs, ours):
         model.eval()
@@ -278,6 +272,8 @@ def test_signature() -> None:
     assert inspect.signature(copy.deepcopy(ours).forward) == inspect.signature(ours.module.forward)
     assert list(inspect.signature(OptimizedModule(lambda a, *, b=2: a * b).forward).parameters) == ["a", "b"]
     assert list(inspect.signature(OptimizedModule(lambda self: self).forward).parameters) == ["args", "kwargs"]
+    wraps_c = functools.wraps(dict)(lambda x: x)
+    assert list(inspect.signature(OptimizedModule(wraps_c).forward).parameters) == ["args", "kwargs"]
     (x, y), *_ = batches()
     assert ours(input_values=x, labels=y)["loss"].requires_grad
     assert ours(x).keys() == {"logits"}
