@@ -70,7 +70,7 @@ def frozen_values(graph: fx.Graph) -> Set[fx.Node]:
             entering = known.type
             if FROZEN in node.meta and entering and not entering.is_inference and entering.device.type in _DEVICES:
                 found.add(node)
-        elif node.op.startswith("call_") and known.steady and not known.writes and not is_effect(node):
+        elif node.op.startswith("call_") and known.steady and not known.writes and _gives_tensors(node):
             operands = node.all_input_nodes
             follows = known.grad and any(map(_requires_grad, operands))
             name = getattr(node.target, "__name__", node.target)
@@ -84,11 +84,8 @@ def _requires_grad(operand: fx.Node) -> bool:
     return known is not None and known.requires_grad
 
 
-def is_effect(node: fx.Node) -> bool:
-    """Whether what ``node`` is given may be kept, returned or written by what it calls."""
+def _gives_tensors(node: fx.Node) -> bool:
+    """Whether a call gives a tensor, or several, which are then taken from what it gives; others have effects only."""
     known = facts(node)
-    if node.op == "output" or known is None or EVERYTHING in known.writes or known.storage == EVERYTHING:
-        return True
-    # A call that gives several tensors has no type either, but then these are taken from it.
-    gives_several = node.users and all(user.target is operator.getitem for user in node.users)
-    return known.storage is None and not gives_several
+    is_tensor = known is not None and known.storage is not None
+    return is_tensor or (bool(node.users) and all(user.target is operator.getitem for user in node.users))

@@ -9,14 +9,14 @@ from dataclasses import replace
 from torch import fx
 
 from ..folds import Fold
-from ..frozen import FROZEN, frozen_values, is_effect
+from ..frozen import FROZEN, frozen_values
 from ..graph import (
-    COPIES_AT_NEED,
     copy_graph,
     erase_if_unused,
     facts,
     fresh_storage,
     is_dense,
+    keepers,
     stamp,
     type_of,
 )
@@ -66,7 +66,7 @@ def _roots(graph: fx.Graph, frozen: Set[fx.Node], memory_limit: int | None) -> l
     for node in reversed(graph.nodes):
         if node in frozen and (node.op == "get_attr" or node not in needed):
             continue
-        if node in frozen and _can_be_kept(node, memory_limit) and (not _leaves(node) or _is_worth_a_copy(node)):
+        if node in frozen and _can_be_kept(node, memory_limit) and (not keepers(node) or _is_worth_a_copy(node)):
             roots.append(node)
         else:
             needed.update(node.all_input_nodes)
@@ -102,19 +102,6 @@ def _owns_memory(node: fx.Node) -> bool:
 def _storage(node: fx.Node) -> int | None:
     known = facts(node)
     return known.storage if known is not None else None
-
-
-def _leaves(node: fx.Node) -> bool:
-    """Whether the value, or a view of it, is returned, or given to what may keep or write it."""
-    memory = {_storage(node)}
-    for other in node.graph.nodes:
-        if memory.isdisjoint(map(_storage, other.all_input_nodes)):
-            continue
-        if is_effect(other):
-            return True
-        if getattr(other.target, "__name__", other.target) in COPIES_AT_NEED:
-            memory.add(_storage(other))
-    return False
 
 
 def _is_worth_a_copy(node: fx.Node) -> bool:
@@ -153,7 +140,7 @@ def _write(node: fx.Node, storages: Iterator[int]) -> None:
     with node.graph.inserting_before(node):
         value = node.graph.create_node("call_function", folded, tuple(tensors), {}, name="fold")
         stamp(value, known)
-        if _leaves(node):
+        if keepers(node):
             stamp(value, replace(known, storage=next(storages)))
             value = stamp(node.graph.call_method("clone", (value,)), known)
     node.replace_all_uses_with(value)
