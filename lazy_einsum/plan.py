@@ -16,7 +16,8 @@ from opt_einsum.paths import get_path_fn
 
 from .cost import flop_count
 from .errors import LazyEinsumError, MemoryLimitError
-from .search import LabelCount, Network, Path, SavedLimit, best_of, bits_of, search, search_saving, union_of
+from .labelsets import LabelCount, Network, Path, SavedLimit, bits_of, union_of
+from .search import best_of, search, search_saving
 from .spec import EinsumSpec
 
 Optimize = Any

@@ -17,10 +17,10 @@ from . import ambient as ambient_module
 from .decompose import eager_calls
 from .graph import EVERYTHING, facts, type_of
 from .kernels import lower_plan
+from .labelsets import Path, SavedLimit
 from .layout import Strides
 from .plan import Optimize, Plan, make_plan, saved_elements
 from .program import Call, Program, Value
-from .search import Path, SavedLimit
 from .signature import TensorType
 from .sizes import is_symbolic
 from .spec import EinsumSpec

@@ -24,6 +24,7 @@ from .folds import Fold, Folds, Kept
 from .frozen import frozen_values, mark_frozen
 from .generic import values_of
 from .graph import copy_graph, is_einsum, read_einsum, type_of
+from .labelsets import Path as PlanPath
 from .live import Caller, direct_call
 from .passes import FOLD, PASSES, Options
 from .passes.choose_paths import PLAN
@@ -31,7 +32,6 @@ from .plan import Plan, make_plan, order_seconds
 from .record import Trace
 from .regions import restored
 from .saved import WrittenNetwork, is_within, plan_saving, written_network
-from .search import Path as PlanPath
 from .signature import Arguments, Signature
 from .sizes import is_symbolic
 from .state import Guard, Path, compile_guard, describe_reads

@@ -29,6 +29,7 @@ RANKS = {
     "cost": 1,
     "signature": 1,
     "symbols": 1,
+    "labelsets": 1.5,
     "search": 2,
     "plan": 3,
     "ways": 3,

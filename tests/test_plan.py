@@ -26,6 +26,7 @@ from lazy_einsum import plan as planning
 from lazy_einsum import search
 from lazy_einsum.cost import gradient_seconds, pair_seconds
 from lazy_einsum.errors import EquationError, LazyEinsumError, MemoryLimitError
+from lazy_einsum.labelsets import Network
 from lazy_einsum.plan import Plan, make_plan
 from lazy_einsum.spec import EinsumSpec, symbol
 
@@ -389,7 +390,7 @@ def test_plans_are_kept() -> None:
 def test_dynamic_programming_is_exact_without_outer_products() -> None:
     for seed in range(12):
         spec, shapes = random_network(7, 1, seed=seed, largest=9)
-        network = search.Network.of(spec, shapes, spec.sizes(shapes), False)
+        network = Network.of(spec, shapes, spec.sizes(shapes), False)
         connected = search.by_components(network, math.inf, search.Budget(10**6))
         every = search.exhaustive(network, math.inf)
         assert connected is not None
