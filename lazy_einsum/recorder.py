@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import fx, nn
@@ -72,9 +72,9 @@ from .graph import (
 )
 from .impure import Watch
 from .live import HAS_HOOKS, Caller, LiveCall, direct_call, has_own_call, set_attribute
+from .modes import FollowedModes
 from .net import Net
 from .record import Result, Trace
-from .regions import enter_inference, enter_saved_tensors_hooks, leave
 from .shadow import Shadows
 from .signature import Alias, Arguments, Symbol, TensorType, contiguous_strides
 from .sizes import is_symbolic
@@ -111,20 +111,6 @@ class _Known:
     tensor: torch.Tensor
     node: fx.Node
     grad_fn: object
-
-
-class _Region(NamedTuple):
-    """What ``forward`` has entered and not left.
-
-    Attributes:
-        grad: grad mode before it.
-        inference: inference mode before it.
-        saved_hooks: those that took the place of the user's while traced; ``None`` where it is an inference mode.
-    """
-
-    grad: bool
-    inference: bool
-    saved_hooks: object = None
 
 
 class _Handle:
@@ -204,11 +190,7 @@ class Recorder(TorchFunctionMode):
         self._state_of: dict[int, tuple[torch.Tensor, TensorType, Path]] = {}
         self._modules: dict[str, fx.Node] = {}
         self._suspended = 0
-        self._grad_at_start = self._grad = torch.is_grad_enabled()
-        self._switched = False
-        self._switches_modes = False
-        self._modes = self._modes_at_start = ambient_module.Modes.now()
-        self._regions: list[_Region] = []
+        self._modes = FollowedModes(self._write_switch, self._closures.record, self.fail)
         # Under autocast an operation means other operations: nothing is rewritten there.
         self._may_move = not ambient_module.any_autocast()
         self._random_state = random_state
@@ -260,7 +242,7 @@ class Recorder(TorchFunctionMode):
             answers = asked_through(self._read_attribute, self._set_attribute)
             with kernels, self._net, self, self._watch, answers:
                 result = callee(*args, **kwargs)
-            self._follow_modes()
+            self._modes.follow()
         self._check_containers(arguments.structure, (args, kwargs), fakes, result)
         return result
 
@@ -295,7 +277,7 @@ class Recorder(TorchFunctionMode):
 
     def finish(self, result: Any) -> Trace:
         """Write the graph's output, make the last checks."""
-        if torch.is_grad_enabled() != self._grad_at_start or self._grad != self._grad_at_start:
+        if not self._modes.is_grad_left_as_it_was():
             raise UntraceableError("forward leaves the grad mode switched")
         side_effect = self.shadows.side_effect()
         if side_effect is not None:
@@ -319,9 +301,9 @@ class Recorder(TorchFunctionMode):
             self._state,
             build,
             writes,
-            self._switched,
+            self._modes.switches_grad,
             conditions,
-            self._switches_modes,
+            self._modes.switches_others,
             tuple(sorted(self._absent)),
         )
 
@@ -332,8 +314,7 @@ class Recorder(TorchFunctionMode):
                 owner = f"{path_name(path)}." if path else ""
                 raise UntraceableError(f"forward sets self.{owner}{name}, and {_BESIDE}")
             module = self._live_node(self._target(path), path)
-            node = self.graph.call_function(set_attribute, (module, name, self._node(value)))
-            stamp(node, Facts(None, None, (), self._grad, False, ""))
+            self._stamp_effect(self.graph.call_function(set_attribute, (module, name, self._node(value))))
 
     def _note_copy(self, memory: set[int]) -> None:
         """Note the memory of the operand and of the result of a call that copies at need."""
@@ -506,7 +487,7 @@ class Recorder(TorchFunctionMode):
     def _live_node(self, target: str, path: Path) -> fx.Node:
         """The node that gives a module, or another object that is no tensor."""
         if target not in self._modules:
-            self._modules[target] = stamp(self._read_node(target, path), Facts(None, None, (), self._grad, False, ""))
+            self._modules[target] = self._stamp_effect(self._read_node(target, path))
         return self._modules[target]
 
     def _read_node(self, target: str, path: Path) -> fx.Node:
@@ -571,7 +552,7 @@ class Recorder(TorchFunctionMode):
     def _stand_in(self, tensor: torch.Tensor) -> torch.Tensor:
         fake = self.shadows.outer_tensor(tensor)
         if fake is None:
-            self._check_modes()
+            self._modes.check()
             raise self.fail(
                 "forward uses a tensor that is neither an argument nor reached from the module, nor lies in a variable "
                 "that its code names"
@@ -591,8 +572,10 @@ class Recorder(TorchFunctionMode):
         if self.failure is not None:
             raise self.failure
         if name == "_set_grad_enabled":
-            self._follow_modes()
-            return self._switch_grad(args[0] if args else kwargs["mode"], func, args, kwargs)
+            self._modes.follow()
+            result = func(*args, **kwargs)
+            self._modes.switch_grad(args[0] if args else kwargs["mode"])
+            return result
         if name == "grad_fn" and asked_by_torch():
             return func(*args, **kwargs)  # whether there is one, for register_parameter
         if name == "requires_grad" and sets:
@@ -600,7 +583,7 @@ class Recorder(TorchFunctionMode):
             return None
         if (name in REFUSED and func is not torch.autograd.grad) or sets:
             raise self.fail(f"forward {'sets' if sets else 'uses'} {name} of a tensor")
-        self._check_modes()
+        self._modes.check()
         if name in HOOKS:
             return self._register_hook(func, name, *args, **kwargs)
         if self._hooks and func is torch.autograd.grad:
@@ -743,75 +726,21 @@ class Recorder(TorchFunctionMode):
         known_type = replace(known_type, shape=tuple(shape), stride=stride, device=operands[0].device)
         return multilinear(known_type, operands)
 
-    def _check_modes(self) -> None:
-        self._follow_modes()
-        if torch.is_grad_enabled() != self._grad:
-            raise self.fail("the grad mode was switched in a way that no call shows (a custom autograd.Function, ...)")
-
-    def _follow_modes(self) -> None:
-        """Record that ``forward`` entered or left inference mode or saved-tensor hooks, or set the default dtype: no
-        call shows it.
-        """
-        now = ambient_module.Modes.now()
-        if now == self._modes:
-            return
-        if now.others != self._modes.others:
-            raise self.fail(
-                "forward changes a mode on the way (autocast, torch.func, forward-mode differentiation, ...)"
-            )
-        pair, around = None, now.saved_hooks
-        if around is not None and not self._is_known_pair(around):
-            # Fakes are nothing for the user's functions.
-            if getattr(around[0], "__module__", "") == "torch.utils.checkpoint":
-                raise self.fail("forward uses checkpointing")
-            pair, around = ambient_module.replace_saved_tensor_hooks()
-            now = now._replace(saved_hooks=ambient_module.saved_tensor_hooks())
-        self._leave_saved_hooks(around)
-        if now.default_dtype is not self._modes.default_dtype:
-            self._write_switch(torch.set_default_dtype, now.default_dtype)
-        if now.inference != self._modes.inference:
-            if self._regions and self._regions[-1] == _Region(torch.is_grad_enabled(), now.inference):
-                self._grad = self._regions.pop().grad
-                self._write_switch(leave)
-            else:
-                self._regions.append(_Region(self._grad, self._modes.inference))
-                self._grad = not now.inference
-                self._write_switch(enter_inference, now.inference)
-        self._leave_saved_hooks(around)
-        open_pairs = [self._modes_at_start.saved_hooks, *(region.saved_hooks for region in self._regions)]
-        if around != next(filter(None, reversed(open_pairs)), None):
-            raise self.fail("forward enters or leaves several modes at once, saved-tensor hooks among them")
-        if pair is not None:
-            functions = [self._closures.record(function) for function in pair]
-            self._write_switch(enter_saved_tensors_hooks, *functions)
-            self._regions.append(_Region(self._grad, now.inference, now.saved_hooks))
-        self._modes = now
-        self._switches_modes = True
-
-    def _is_known_pair(self, hooks: object) -> bool:
-        """Whether these saved-tensor hooks were there at the start, or are those in the place of the user's."""
-        return hooks == self._modes_at_start.saved_hooks or any(hooks == region.saved_hooks for region in self._regions)
-
-    def _leave_saved_hooks(self, around: object) -> None:
-        while self._regions and self._regions[-1].saved_hooks not in (None, around):
-            self._regions.pop()
-            self._write_switch(leave)
-
     def _write_switch(self, function: Callable[..., Any], *args: Any) -> None:
         self._stamp_effect(self.graph.call_function(function, args), user_line())
 
     def _stamp_effect(self, node: fx.Node, line: str = "") -> fx.Node:
-        """Stamp a call that gives no tensor; it stays where it is."""
-        return stamp(node, Facts(None, None, (), self._grad, False, line))
+        """Stamp what gives no tensor; it stays where it is."""
+        return stamp(node, Facts(None, None, (), self._modes.grad, False, line))
 
     @property
     def _movable(self) -> bool:
         """Whether what is recorded now runs in the modes of the call, grad mode apart."""
-        return self._may_move and self._modes == self._modes_at_start
+        return self._may_move and self._modes.are_those_of_the_call
 
     @property
     def _steady(self) -> bool:
-        return not self._net.random and self._modes == self._modes_at_start
+        return not self._net.random and self._modes.are_those_of_the_call
 
     def _written(self) -> tuple[int, ...]:
         numbers = self._copies.reached({self._storage(tensor) for tensor in self._net.written})
@@ -882,14 +811,6 @@ class Recorder(TorchFunctionMode):
                     if before is not None and before.type is not None and known.tensor.requires_grad:
                         stamp(known.node, replace(before, type=replace(before.type, requires_grad=True, is_leaf=False)))
 
-    def _switch_grad(self, enabled: bool, func: Any, args: Any, kwargs: Any) -> Any:
-        result = func(*args, **kwargs)
-        if enabled != self._grad:
-            self._grad = enabled
-            self._switched = True
-            self._write_switch(torch.set_grad_enabled, enabled)
-        return result
-
     # -- live calls
 
     def _live_call(self, live: nn.Module, shadow: nn.Module, path: Path, reason: str) -> Callable[..., Any]:
@@ -908,7 +829,7 @@ class Recorder(TorchFunctionMode):
                 return record(forward, args, kwargs)
 
         def record(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            self._check_modes()
+            self._modes.check()
             taken = self._argument(list(args)), self._argument(dict(kwargs))
             # Side effects of a live call are the live module's business; those of this run are undone.
             self.shadows.outside.restore()

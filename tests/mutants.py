@@ -260,15 +260,15 @@ MUTANTS = [
     ),
     _one(
         "saved-tensor hooks are left too late",
-        "recorder.py",
-        "            self._regions.pop()\n            self._write_switch(leave)\n",
+        "modes.py",
+        "            self._regions.pop()\n            self._write(leave)\n",
         "            self._regions.pop()\n",
         "hooks",
     ),
     _one(
         "saved-tensor hooks are nobody's mode",
         "recorder.py",
-        "return self._may_move and self._modes == self._modes_at_start",
+        "return self._may_move and self._modes.are_those_of_the_call",
         "return self._may_move",
         "hooks",
     ),

@@ -53,6 +53,7 @@ RANKS = {
     "fakes": 3,
     "shadow": 5,
     "net": 4,
+    "modes": 4,
     "record": 4,
     "recorder": 6,
     "passes": 6,
