@@ -79,34 +79,23 @@ def _of_product(way: Way, follows: tuple[bool, bool], sizes: Sizes) -> tuple[flo
     first, second = way.strides
     x_across = len(first) > 1 and first[-2] == 1
     y_across = len(second) > 1 and second[-1] == 1
+    # What autograd multiplies for the gradient of each operand. That of a matrix that lies column by column comes so
+    # too, but only of the product of two.
+    matrices = not batched and len(first) == len(second) == 2
+    turned = matrices and first == (1, m), matrices and second == (1, k)
+    straight_products = (b, m, k, n, True, y_across), (b, k, n, m, x_across, False)
+    turned_products = (1, k, m, n, y_across, True), (1, n, k, m, False, x_across)
     seconds = 0.0
     gradients: list[Layout | None] = [None, None]
-    # The gradient of a matrix that lies column by column comes so too, but only of the product of two.
-    matrices = not batched and len(first) == len(second) == 2
-    if follows[0]:
-        if matrices and first == (1, m):
-            seconds += cost.product_seconds(1, k, m, n, y_across, True)
-            groups: tuple[str, ...] = (summed, rows)
-        else:
-            seconds += cost.product_seconds(b, m, k, n, True, y_across)
-            groups = (batch, rows, summed)
-        seconds += _CALL
-        if expanded[0]:
-            seconds += cost.sum_seconds(b * m * k, m * k, False)
-            groups = (rows, summed)
-        gradients[0] = contiguous_layout(tuple(group for group in groups if group), sizes)
-    if follows[1]:
-        if matrices and second == (1, k):
-            seconds += cost.product_seconds(1, n, k, m, False, x_across)
-            groups = (columns, summed)
-        else:
-            seconds += cost.product_seconds(b, k, n, m, x_across, False)
-            groups = (batch, summed, columns)
-        seconds += _CALL
-        if expanded[1]:
-            seconds += cost.sum_seconds(b * k * n, k * n, False)
-            groups = (summed, columns)
-        gradients[1] = contiguous_layout(tuple(group for group in groups if group), sizes)
+    for side, matrix in enumerate(((rows, summed), (summed, columns))):
+        if not follows[side]:
+            continue
+        groups = tuple(reversed(matrix)) if turned[side] else (batch, *matrix)
+        seconds += cost.product_seconds(*(turned_products if turned[side] else straight_products)[side]) + _CALL
+        if expanded[side]:
+            groups, elements = matrix, product("".join(matrix), sizes)
+            seconds += cost.sum_seconds(b * elements, elements, False)
+        gradients[side] = contiguous_layout(tuple(group for group in groups if group), sizes)
     return seconds, (gradients[0], gradients[1])
 
 
