@@ -249,11 +249,11 @@ def _new_dims(node: fx.Node) -> tuple[int, ...] | None:
 
 
 def _read_sum(node: fx.Node) -> Product | None:
-    """``x.sum(dim)``, of all dimensions where none are named; what keeps them as size 1 is another matter."""
+    """``x.sum(dim)``, of all dimensions where none are named. (What keeps them has another shape, and is not read.)"""
     arguments = dict(zip(("input", "dim", "keepdim"), node.args, strict=False)) | given(node.kwargs)
     known = type_of(arguments.get("input"))
-    dims, keepdim = arguments.get("dim"), arguments.get("keepdim", False)
-    if known is None or len(node.args) > 3 or not set(arguments) <= {"input", "dim", "keepdim"} or keepdim is not False:
+    dims = arguments.get("dim")
+    if known is None or len(node.args) > 3 or not set(arguments) <= {"input", "dim", "keepdim"}:
         return None
     dims = range(len(known.shape)) if dims is None else dims if isinstance(dims, (tuple, list)) else (dims,)
     if not dims or not all(type(dim) is int for dim in dims):

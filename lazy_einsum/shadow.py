@@ -11,7 +11,6 @@ fails on locks, generators and lazy modules, copies a trainer's whole state, and
 from __future__ import annotations
 
 import functools
-import itertools
 import sys
 import types
 import weakref
@@ -487,9 +486,7 @@ class Shadows:
 
     def path_of(self, stand_in: object) -> Path | None:
         """Where what it stands in for was found."""
-        modules = (path for path, (_, shadow) in self._modules_at.items() if shadow is stand_in)
-        others = (path for _, known, path in self._seen.values() if known is stand_in)
-        return next(itertools.chain(modules, others), None)
+        return next((path for _, known, path in self._seen.values() if known is stand_in), None)
 
     def is_shadow(self, module: nn.Module) -> bool:
         """Whether ``module`` is a stand-in."""

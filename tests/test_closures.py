@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from lazy_einsum import OptimizedModule
 from lazy_einsum.closures import around
+from lazy_einsum.surroundings import Itself
 
 einsum = torch.einsum
 
@@ -181,3 +182,12 @@ def test_around() -> None:
     made = around(make(2), (3,), (2,), {"bias": 0.5})
     assert made(4.0) == 48.5 and made(4.0, 1, bias=0.0) == 12.0
     assert made.__name__ == "hook" and made.__qualname__ == make(2).__qualname__
+
+
+def test_a_function_that_is_made_again_is_the_same() -> None:
+    def make(factor: float) -> Any:
+        return lambda gradient: gradient * factor
+
+    one, other = (Itself(around(make(factor), [None], (), {}), "hook") for factor in (2.0, 3.0))
+    assert one == other and hash(one) == hash(other)
+    assert one != Itself(around(lambda gradient: gradient, (), (), {}), "hook")

@@ -1057,3 +1057,23 @@ def test_programs_with_all_tensors_frozen(row: Program, grad: bool) -> None:
             theirs = _observe(row, child, child, _copy(call), second=row.second and grad)
             ours = _observe(row, wrapped, wrapped_child, _copy(call), second=row.second and grad)
             assert differences(ours, theirs, tolerance=row.tolerance) == [], f"call {number}\n{wrapped.explain()}"
+
+
+def test_frozen_parts_are_folded_and_not_shared() -> None:
+    """``x`` times ``a`` could be computed once for both; ``a`` times ``b`` and ``a`` times ``c`` need not be at all."""
+
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            for name in "abc":
+                setattr(self, name, nn.Parameter(torch.rand(128, 128)))
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            return tuple(torch.einsum("ni,ij,jk->nk", x, self.a, other) for other in (self.b, self.c))
+
+    model = OptimizedModule(Two(), frozen=True)
+    x = torch.rand(64, 128)
+    with torch.no_grad():
+        for ours, theirs in zip(model(x), model.module(x), strict=True):
+            torch.testing.assert_close(ours, theirs)
+    assert model.code.count("folds_fold(") == 2 and model.code.count("mm(") == 2

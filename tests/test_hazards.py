@@ -1108,6 +1108,15 @@ def saved_in_turn(self: Any, x: Tensor) -> Any:
     return y.sin(), einsum("ij,jk,kl->il", y, self.w, self.w)
 
 
+def left_at_once(self: Any, x: Tensor) -> Any:
+    y = x * 2
+    with halves(None):
+        y = y.sin()
+        with torch.inference_mode():
+            x.cos()
+    return y.exp() * y
+
+
 def saved_at_once(self: Any, x: Tensor) -> Any:
     with halves(None), halves(None):
         return einsum("ij,jk->ik", x, self.w).sin()
@@ -1356,6 +1365,7 @@ hazard("saved-tensor hooks around", linear, arguments=with_grad, context=functoo
 hazard("saved-tensor hooks inside", in_context(functools.partial(halves, None)), arguments=with_grad)
 hazard("save_on_cpu inside", in_context(torch.autograd.graph.save_on_cpu), arguments=with_grad)
 hazard("saved-tensor hooks inside of others", program(saved_in_turn, **WEIGHTS), arguments=with_grad)
+hazard("saved-tensor hooks and an inference mode left at once", program(left_at_once), arguments=with_grad)
 hazard(
     "saved-tensor hooks inside, others around",
     in_context(functools.partial(halves, None)),

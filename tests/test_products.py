@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -61,6 +62,13 @@ def test_dimensions_that_are_added_for_a_product(name: str) -> None:
     node = [node for node in program.graph.nodes if node.op.startswith("call_")][-1]
     product = read_product(node)
     assert product is not None and sum(map(len, product.spec.inputs)) == 4
+
+
+def test_a_dimension_that_is_new_to_all_is_one_of_theirs() -> None:
+    inputs = tensors(Case("", operator.mul, ((3, 3), (3, 3))))
+    *_, node = calls(lambda x, y: x[:, None] * y[:, None], inputs)
+    product = read_product(node)
+    assert product is not None and [len(term) for term in product.spec.inputs] == [3, 3]
 
 
 @pytest.mark.parametrize("case", OTHERS, ids=str)

@@ -9,6 +9,7 @@ from checks import check_pass, lines, traced
 from fuzzer import every_network
 from torch import einsum, rand
 
+from lazy_einsum import OptimizedModule
 from lazy_einsum.passes.canonicalize import canonicalize
 from lazy_einsum.passes.choose_paths import choose_paths
 from lazy_einsum.passes.fuse_einsums import fuse_einsums
@@ -71,6 +72,24 @@ def test_a_chain_that_ends_in_a_vector():
 )
 def test_products_element_by_element_and_sums(program, equations):
     assert joined(program, A, B) == equations
+
+
+def test_a_batch_of_dot_products_is_left_alone():
+    rows = tensor(20_000, 16, dtype=torch.float32), tensor(20_000, 16, dtype=torch.float32)
+    assert untouched(lambda a, b: (a * b).sum(-1), *rows)
+
+
+def test_a_view_that_has_a_hook_is_not_passed_by():
+    def program(a, b):
+        view = a[:, :, None]
+        early = (view * b).sum(1)
+        view.register_hook(lambda gradient: gradient * 5)
+        return early
+
+    with every_network():
+        wrapped = OptimizedModule(program, on_untraceable="raise")
+        ours, theirs = (torch.autograd.grad(run(A, B).sum(), A)[0] for run in (wrapped, program))
+    torch.testing.assert_close(ours, theirs)
 
 
 def test_a_view_that_adds_dimensions_goes_with_its_only_use():
