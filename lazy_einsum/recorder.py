@@ -568,6 +568,8 @@ class Recorder(TorchFunctionMode):
             return func(*args, **kwargs)
         if name in QUERIES and not sets and not (name == "type" and (len(args) > 1 or kwargs)):
             self._note_outside(args[0])
+            if name in ("requires_grad", "is_leaf") and self._may_require_grad(args[0]):
+                raise self.fail(f"forward asks for {name} of a view that it made while grad mode was off")
             return func(*args, **kwargs) if self._symbols is None else self._query(func, name, args, kwargs)
         if self.failure is not None:
             raise self.failure
@@ -633,13 +635,22 @@ class Recorder(TorchFunctionMode):
         self._hooked_memory.add(self._storage(tensor))
         self._hooks = self._hooks or name != "retain_grad"
         node = self._node(tensor)
-        made = facts(node)
-        if made is not None and not made.grad and node.op.startswith("call_"):
-            # Whether it requires grad depends on whether the tensor that it is a view of is a view itself.
+        if self._may_require_grad(tensor):
             raise self.fail("forward gives a hook to a view that it made while grad mode was off")
         given = [self._closures.record(item) for item in (*hook, *hooks.values())]
         self._stamp_effect(self.graph.call_method(name, (node, *given)), user_line())
         return None if name == "retain_grad" else _Handle(self.fail)
+
+    def _may_require_grad(self, tensor: torch.Tensor) -> bool:
+        """Whether a tensor that requires grad here need not do so at other calls: views made while grad mode is off do,
+        unless what they are views of is a view itself, of a tensor that requires none. No key tells; no parameter is.
+        """
+        known = self._known.get(id(tensor))
+        made = facts(known.node) if known is not None and known.node.op.startswith("call_") else None
+        if made is None or made.grad or not tensor.requires_grad:
+            return False
+        given = [*self._inputs, *(fake for fake, _, _ in self._state_of.values())]
+        return any(made.storage == self._storage(own) and not isinstance(own, nn.Parameter) for own in given)
 
     def _captured(self, value: Any) -> Any:
         """What stands in the graph for something that a hook closes over."""

@@ -1269,9 +1269,12 @@ class Generator:
         n = a.name
         inputs = [v.name for v in self.values if v.name.startswith("x")]
         source = rng.choice(inputs if rng.random() < 0.6 else [v.name for v in self.values])
+        required = f"{source}.requires_grad"
+        if source.startswith("v"):  # of views made without gradients no key tells
+            required = "self.training" if source in self.inside else f"torch.is_grad_enabled() and {required}"
         conditions = [
             "self.training",
-            f"{source}.requires_grad",
+            required,
             f"{source}.is_contiguous()",
             "torch.is_grad_enabled()",
             f"{source}.dtype in (torch.float64, torch.int64)",

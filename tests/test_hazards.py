@@ -1311,6 +1311,16 @@ def hook_on_view_without_grad(self: Any, x: Tensor) -> Any:
     return view
 
 
+def required_of_a_view(self: Any, x: Tensor) -> Any:
+    with torch.no_grad():
+        view = x.T
+    return x.T * (2 if view.requires_grad else 3)
+
+
+def view_with_grad() -> tuple[Any, ...]:
+    return (torch.ones(4, 3, dtype=torch.float64).T.requires_grad_(),)
+
+
 def hook_removed(self: Any, x: Tensor) -> Any:
     y = x * 2
     y.register_hook(lambda g: g * 4).remove()
@@ -1413,6 +1423,12 @@ hazard(
     enclosing(hook_that_shares),
     arguments=with_grad,
     change=lambda child: child.__dict__["enclosed"].append(4.0),
+)
+hazard(
+    "requires_grad of a view made without gradients",
+    program(required_of_a_view),
+    arguments=view_with_grad,
+    refused="asks for requires_grad of a view",
 )
 hazard("retain_grad inside", program(retained, **WEIGHTS), arguments=with_grad)
 hazard("retain_grad and autograd.grad inside", program(retained_force, **WEIGHTS), arguments=with_grad)
