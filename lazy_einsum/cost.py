@@ -1,13 +1,19 @@
 """What a contraction costs: numbers of operations, and seconds on one CPU thread from sizes alone. No tensors here.
 
 The constants are fits to float32 measurements on one core (AMD Zen 5, MKL). They ship with the package so that every
-process chooses the same plan; only ratios between alternatives matter.
+process chooses the same plan; only ratios between alternatives matter. ``python -m lazy_einsum calibrate`` measures
+those of another machine; processes with ``LAZY_EINSUM_MACHINE`` set to the file that it writes use them.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
+import os
+from dataclasses import asdict, dataclass
 from functools import lru_cache
+from typing import Any
+
+from .errors import MachineFileError
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,58 +23,119 @@ class Machine:
     Attributes:
         launch: seconds of a call of torch that does nothing, a view included.
         flop_rate: floating-point operations per second of a large matrix product.
-        half_width: size of a matrix dimension at which a product runs at half its rate.
+        half_depth: of so large a summed size a product runs at half its rate.
+        half_height: the same of rows.
+        few_rows: how many times as long two or three rows take, where the first operand lies across.
+        columns: the kernels of the library's products are made for at least so many.
+        narrow: of products with fewer columns: seconds per row, per element of the first operand, and per multiply-add.
+        narrow_along: the same where both operands are contiguous along the summed label.
+        narrow_across: the same where both lie across.
+        padding: which part of the columns up to the next multiple of 16 takes time.
+        pack: seconds per element of the operands of a product, beyond the cache.
+        pack_first: seconds per element of a first operand that lies across.
+        pack_second: seconds per element of a second operand that is contiguous along the summed label.
+        vector_row: seconds per element of the product of a matrix with a vector, where rows are contiguous.
         small_products: a batched product of fewer multiply-adds per matrix runs in plain loops (``bmm`` in ATen).
         loop_output: seconds per output element of such a loop.
         loop_strided: seconds per multiply-add of such a loop.
-        loop_contiguous: the same where the second operand is contiguous in the summed label.
+        loop_contiguous: the same where both operands are contiguous in the summed label.
         matrix: seconds per matrix of a batched product that is not small.
         vector: seconds per multiply-add of a batched product of vectors with matrices.
         column: the same of matrices with vectors.
-        thin: seconds, at most, per product with few rows whose operands both are contiguous along the summed label.
-        crossed: seconds per multiply-add of a product with few rows whose operands both lie across.
-        narrow: seconds per multiply-add of a product with fewer columns than ``columns``, by whether the first operand
-            is contiguous along the summed label, then whether the second one is.
-        columns: the kernels of the library's products are made for at least so many.
-        pack: seconds per element of an operand that is packed across its memory order.
         cached_rate: bytes per second while all operands fit into ``cache``.
         memory_rate: bytes per second beyond.
         cache: bytes.
         element: seconds per element of an elementwise call along the memory of all tensors.
         strided_element: the same across the memory of some.
+        far_element: the same where the operands do not fit into the cache, and ``far`` lines of it are touched before
+            the first is used again.
+        far: lines.
+        aliased_element: the same where these lines lie in the same few places of the cache, as with a stride that is a
+            multiple of 512.
         row: seconds per innermost loop of such a call.
         tile: seconds per pair of innermost loops.
-        far: lines of the cache that such a call may touch before it comes back to the first.
+        sum_element: seconds per element of a sum.
         sum_output: seconds per output element of a sum over the innermost dimension.
+        sum_row: seconds per run of results that lie together, of other sums.
     """
 
-    launch: float = 0.8e-6
-    flop_rate: float = 180e9
-    half_width: float = 8.0
-    small_products: int = 400
-    loop_output: float = 2.0e-9
-    loop_strided: float = 0.6e-9
-    loop_contiguous: float = 0.25e-9
-    matrix: float = 60e-9
-    vector: float = 0.1e-9
-    column: float = 0.5e-9
-    thin: float = 1e-6
-    crossed: float = 0.5e-9
-    narrow: tuple[tuple[float, float], tuple[float, float]] = ((0.15e-9, 0.35e-9), (0.1e-9, 0.02e-9))
+    launch: float = 1e-6
+    flop_rate: float = 110e9
+    half_depth: float = 3.4
+    half_height: float = 2.5
+    few_rows: float = 1.8
     columns: int = 12
-    pack: float = 0.16e-9
-    cached_rate: float = 100e9
-    memory_rate: float = 25e9
+    narrow: tuple[float, float, float] = (2.7e-9, 0.63e-9, 0.044e-9)
+    narrow_along: tuple[float, float, float] = (6.3e-9, 0.045e-9, 0.04e-9)
+    narrow_across: tuple[float, float, float] = (1e-9, 0.82e-9, 0.098e-9)
+    padding: float = 1.2
+    pack: float = 0.031e-9
+    pack_first: float = 0.16e-9
+    pack_second: float = 0.052e-9
+    vector_row: float = 0.6e-9
+    small_products: int = 400
+    loop_output: float = 1.8e-9
+    loop_strided: float = 0.56e-9
+    loop_contiguous: float = 0.17e-9
+    matrix: float = 52e-9
+    vector: float = 0.064e-9
+    column: float = 0.75e-9
+    cached_rate: float = 170e9
+    memory_rate: float = 70e9
     cache: int = 2**20
-    element: float = 0.08e-9
-    strided_element: float = 0.7e-9
-    row: float = 2.5e-9
-    tile: float = 10e-9
+    element: float = 0.04e-9
+    strided_element: float = 0.36e-9
+    far_element: float = 0.49e-9
     far: int = 4096
-    sum_output: float = 4.5e-9
+    aliased_element: float = 2.1e-9
+    row: float = 1.2e-9
+    tile: float = 18e-9
+    sum_element: float = 0.042e-9
+    sum_output: float = 2.6e-9
+    sum_row: float = 23e-9
+
+    def write(self, path: str) -> None:
+        """Write the constants to a file in JSON."""
+        with open(path, "w", encoding="utf-8") as file:
+            json.dump(asdict(self), file, indent=1)
+            file.write("\n")
+
+    @classmethod
+    def read(cls, path: str) -> Machine:
+        """The constants in a file that ``write`` wrote.
+
+        Raises:
+            MachineFileError: there is no such file, or something else in it.
+        """
+        remedy = "write it anew with `python -m lazy_einsum calibrate`, or unset LAZY_EINSUM_MACHINE"
+        try:
+            with open(path, encoding="utf-8") as file:
+                given = json.load(file)
+        except (OSError, ValueError) as error:
+            raise MachineFileError(f"no machine can be read from {path!r} ({error}); {remedy}") from None
+        default = asdict(cls())
+        if not isinstance(given, dict) or given.keys() != default.keys():
+            raise MachineFileError(f"{path!r} has not the constants {', '.join(default)}; {remedy}")
+        known: dict[str, Any] = {}
+        for name, value in given.items():
+            known[name] = value = tuple(value) if isinstance(value, list) else value
+            if not _is_like(value, default[name]):
+                raise MachineFileError(
+                    f"{name} is {value!r} in {path!r}, expected numbers as in {default[name]!r}; {remedy}"
+                )
+        return cls(**known)
 
 
-CPU = Machine()
+def _is_like(value: object, example: object) -> bool:
+    """Whether a value from a file is a positive number, or as many of these as in the example."""
+    if isinstance(example, tuple):
+        return isinstance(value, tuple) and len(value) == len(example) and all(map(_is_like, value, example))
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < float("inf")
+
+
+_file = os.environ.get("LAZY_EINSUM_MACHINE")
+
+CPU = Machine.read(_file) if _file else Machine()
 """The machine that plans are made for."""
 
 ITEM = 4
@@ -110,31 +177,34 @@ def product_seconds(
     if batch > 1 and work < machine.small_products:
         step = machine.loop_contiguous if first_along and second_along else machine.loop_strided
         return machine.launch + max(batch * m * n * (machine.loop_output + k * step), traffic)
-    half = machine.half_width
     if n == 1 or m == 1:
-        # (128 matrices of 64 by 64 times vectors: 600 us, 80 where the vectors come first. Without a batch these are
-        # bound by their traffic.)
-        busy = work * (machine.column if n == 1 else machine.vector) * (batch > 1)
+        # (128 matrices of 64 by 64 times vectors: 600 us, 80 where the vectors come first.)
+        if batch > 1:
+            busy = work * (machine.column if n == 1 else machine.vector)
+        else:
+            busy = m * n * machine.vector_row * (first_along if n == 1 else second_along)
+    elif n < machine.columns <= m:
+        # (A gradient of 11 columns and 3645 rows over k = 128: 4.9 ms where both operands lie across, 0.9 where
+        # neither does; with the roles of the operands swapped, 0.3.)
+        row, term, step = machine.narrow
+        if second_along:
+            row, term, step = machine.narrow_along if first_along else machine.narrow_across
+        busy = m * (row + k * (term + n * step))
     else:
-        slow = min(1 + (half / max(n, 1)) ** 2, 6.0) * (1 + half / max(k, 1))
+        slow = (1 + machine.half_height / max(m, 1)) * (1 + machine.half_depth / max(k, 1))
+        slow *= 1 + machine.padding * (-n % 16) / max(n, 1)
         busy = 2 * work * slow / machine.flop_rate
-        if first_along and second_along and m < 16:
-            # Few rows, both contiguous along k: dot products without packing, at half the rate of a large product
-            # (m = 4, n = k = 256: 6.7 us; with the roles of the operands swapped, 15.4).
-            return machine.launch + max(batch * (2 * busy + min(machine.thin, work * machine.crossed / 8)), traffic)
+        if m < 4 and not first_along:
+            busy *= machine.few_rows
         # The operands are packed before they are multiplied, across their memory order where that is not the kernel's.
-        if second_along and not first_along and m < 16:
-            busy += work * machine.crossed
-        if n < machine.columns:
-            # (A gradient of 11 columns and 3645 rows over k = 128: 4.9 ms where both operands lie across, 0.9 where
-            # neither does; with the roles of the operands swapped, 0.3.)
-            busy += work * machine.narrow[first_along][second_along]
-        busy += (second_along * n * k * (1 if k < 2048 else 3) + (not first_along) * m * k * 0.6) * machine.pack
+        beyond = ITEM * batch * k * (m + n) > machine.cache
+        busy += beyond * k * (m + n) * machine.pack
+        busy += (not first_along) * m * k * machine.pack_first + second_along * n * k * machine.pack_second
     return machine.launch + max(batch * (busy + (machine.matrix if batch > 1 else 0.0)), traffic)
 
 
 def walk_seconds(
-    elements: int, rows: int, tiles: int, strided: bool, distance: int, n_bytes: int, machine: Machine = CPU
+    elements: int, rows: int, tiles: int, stride: int, distance: int, n_bytes: int, machine: Machine = CPU
 ) -> float:
     """Seconds of an elementwise call: a copy, or a product that broadcasts.
 
@@ -142,21 +212,27 @@ def walk_seconds(
         elements: of the result.
         rows: how many innermost loops it takes, once dimensions that lie together in all tensors are merged.
         tiles: how many pairs of innermost loops.
-        strided: some tensor is not contiguous in the innermost loop.
+        stride: the largest stride of a tensor in the innermost loop.
         distance: how many elements are visited before the neighbour of the first one, in the worst tensor.
         n_bytes: read and written in all.
         machine: constants.
     """
-    each = machine.strided_element if strided else machine.element
-    if distance > machine.far:
-        each *= 4
+    each = machine.strided_element if stride > 1 else machine.element
+    if stride > 1 and n_bytes > machine.cache:
+        if stride % 512 == 0 and elements > 32 * rows:
+            each = machine.aliased_element
+        elif distance > machine.far:
+            each = machine.far_element
     busy = elements * each + rows * machine.row + tiles * machine.tile
     return machine.launch + max(busy, traffic_seconds(n_bytes, machine))
 
 
-def sum_seconds(elements: int, results: int, innermost: bool, machine: Machine = CPU) -> float:
-    """Seconds of a sum of ``elements`` values to ``results``, along the innermost dimension or not."""
-    busy = results * machine.sum_output if innermost else elements * 0.1e-9
+def sum_seconds(elements: int, results: int, inner: int, machine: Machine = CPU) -> float:
+    """Seconds of a sum of ``elements`` values to ``results``, of which so many lie side by side inside of what is
+    summed: 1 for a sum over the innermost dimension.
+    """
+    each = machine.sum_output if inner == 1 else machine.sum_row / max(inner, 1)
+    busy = elements * machine.sum_element + results * each
     return 2 * machine.launch + max(busy, traffic_seconds(ITEM * (elements + results), machine))
 
 
@@ -175,7 +251,9 @@ def pair_seconds(batch: int, m: int, n: int, k: int, machine: Machine = CPU) -> 
         # The best order of loops is assumed: the longest is the innermost.
         tiles, rows, inner = sorted((batch, m, n))
         elements = tiles * rows * inner
-        return walk_seconds(elements, tiles * rows, tiles, False, 1, ITEM * (elements + batch * (m + n)))
+        seconds = walk_seconds(elements, tiles * rows, tiles, 1, 1, ITEM * (elements + batch * (m + n)), machine)
+        # Labels on both sides: one operand is viewed with dimensions for those of the other.
+        return seconds + machine.launch * (m > 1 < n)
     if m > n:
         m, n = n, m
     # Small products like both operands contiguous along the summed label, large ones only the first.
@@ -196,6 +274,6 @@ def gradient_seconds(batch: int, m: int, n: int, k: int, machine: Machine = CPU)
     if k == 1:
         # Of a product that broadcasts: one of all elements, then a sum.
         elements = batch * m * n
-        seconds = walk_seconds(elements, batch * m, batch, False, 1, 3 * ITEM * elements, machine)
-        return seconds + (sum_seconds(elements, batch * m, False, machine) if n > 1 else 0.0)
+        seconds = walk_seconds(elements, batch * m, batch, 1, 1, 3 * ITEM * elements, machine)
+        return seconds + (sum_seconds(elements, batch * m, m, machine) if n > 1 else 0.0)
     return product_seconds(batch, min(m, k), max(m, k), n, True, False, machine)

@@ -23,6 +23,10 @@ class PlanFileError(LazyEinsumError):
     """A file of saved plans is malformed."""
 
 
+class MachineFileError(LazyEinsumError):
+    """A file of the constants of a machine is malformed or missing."""
+
+
 class LazyEinsumWarning(UserWarning):
     """Root of all warnings of lazy_einsum."""
 

@@ -196,15 +196,18 @@ class _Saving(NamedTuple):
             pair: of each operand: its layout, whether it is one of the plan, whether autograd follows it.
         """
         sizes = context.sizes
-        copied = (way.flips[0] or way.copy_first, way.flips[1])
+        copied = [flip or copy for flip, copy in zip(way.flips, way.copies, strict=True)]
         elements = 0
         for place, groups in enumerate((way.first, way.second)):
             layout, is_given, _ = pair[place ^ way.swap]
             if not pair[place ^ way.swap ^ 1][2]:
                 continue
-            view = not (copied[place] or way.kind == "copy and multiply")
-            view = view and group_strides(groups, label_strides(layout, sizes), sizes) is not None
-            elements += _span(layout, sizes) if view and is_given else product(layout.labels, sizes)
+            view = not copied[place] and group_strides(groups, label_strides(layout, sizes), sizes) is not None
+            if is_given and view:
+                elements += _span(layout, sizes)
+            else:
+                # Memory of an operand may be saved for another step anyway, that of a copy is not.
+                elements += product(layout.labels, sizes) * (1 + is_given)
         return self.price * elements
 
 
@@ -229,11 +232,14 @@ def _choose(
     sizes = context.sizes
     keep = next(kept for limit, kept in _LAYOUTS if len(steps) <= limit)
     hints = _hints(steps, operands, _order(wanted, strides, sizes))
+    consumers = {operand: step for step in steps for operand in step.operands}
     for number, step in enumerate(steps):
         last = number == len(steps) - 1
         # Results that lie in memory alike are the same to the consumer, whatever the order of their dimensions.
         best: dict[tuple[tuple[str, int], ...], _Choice] = {}
         left, right = step.operands
+        consumer = consumers.get(len(operands) + number)
+        ahead = consumer.spec.summed if consumer is not None else ""
         followed = follows[left], follows[right]
         follows.append(any(followed))
         for i, a in enumerate(choices[left]):
@@ -241,7 +247,7 @@ def _choose(
                 one, two, spent = after_sums(context, a.layout, b.layout, step.spec.output)
                 spent += a.seconds + b.seconds
                 arrivals: dict[tuple[int, Layout], float] = {}
-                for way in ways(context, one, two, step.spec.output, hints[number]):
+                for way in ways(context, one, two, step.spec.output, hints[number], ahead):
                     total = spent + way.seconds
                     if any(followed):
                         seconds, gradients = backward(way, followed, sizes)
@@ -399,6 +405,13 @@ class _Writer:
         last = len(groups) - 1
         return self.permute(value, (*range(last - 1), last, last - 1))
 
+    def slices(self, value: int, count: int) -> list[int]:
+        """The slices along the first dimension."""
+        layout = self.layouts[value]
+        inner = Layout(layout.dims[1:], layout.strides[1:])
+        together = self.call("unbind", value, 0, layout=layout)
+        return [self.call("__getitem__", together, place, layout=inner) for place in range(count)]
+
     def scaled(self, value: int, scale: complex | None) -> int:
         """Multiply by a number."""
         layout = self.layouts[value]
@@ -450,7 +463,7 @@ def _lower_single(
         value = writer.scaled(writer.arrange(value, wanted), scale)
     value = writer.finish(value, wanted, strides)
     before, after = math.prod(type_.shape), product(spec.output, sizes)
-    return writer.program(value, cost.sum_seconds(before, after, False) if spec.summed else cost.CPU.launch)
+    return writer.program(value, cost.sum_seconds(before, after, after) if spec.summed else cost.CPU.launch)
 
 
 def _write(
@@ -502,8 +515,9 @@ def _write(
 def _write_way(writer: _Writer, context: Context, way: Way, x: int, y: int, alpha: complex | None) -> int:
     sizes = writer.sizes
     x = writer.matrix(x, way.first) if way.flips[0] else writer.arrange(x, way.first)
-    x = writer.contiguous(x) if way.copy_first else x
+    x = writer.contiguous(x) if way.copies[0] else x
     y = writer.matrix(y, way.second) if way.flips[1] else writer.arrange(y, way.second)
+    y = writer.contiguous(y) if way.copies[1] else y
     if way.kind == "product":
         if way.over:
             x, y = (
@@ -518,8 +532,8 @@ def _write_way(writer: _Writer, context: Context, way: Way, x: int, y: int, alph
         nothing = writer.call("new_empty", x, (), layout=Layout((), ()))
         added = {"mm": "addmm", "bmm": "baddbmm"}[name]
         return writer.call(added, nothing, Value(x), Value(y), layout=way.result, beta=0, alpha=alpha)
-    if way.kind == "copy and multiply":
-        x, y = writer.contiguous(x), writer.contiguous(y)
+    if way.kind == "loop":
+        return _write_loop(writer, way, x, y)
     result = _product_layout(writer.layouts[x], writer.layouts[y], sizes)
     value = writer.call("mul", x, Value(y), layout=result)
     if way.kind != "multiply and sum":
@@ -528,6 +542,16 @@ def _write_way(writer: _Writer, context: Context, way: Way, x: int, y: int, alph
     # torch sums small integers to int64, but a contraction keeps their type.
     keep = {} if context.dtype.is_floating_point or context.dtype.is_complex else {"dtype": context.dtype}
     return writer.call("sum", value, places, layout=summed_layout(result.dims, way.over, sizes), **keep)
+
+
+def _write_loop(writer: _Writer, way: Way, x: int, y: int) -> int:
+    terms = product(way.over, writer.sizes)
+    (first, *others) = zip(writer.slices(x, terms), writer.slices(y, terms), strict=True)
+    value = writer.call("mul", first[0], Value(first[1]), layout=way.result)
+    for left, right in others:
+        # Autograd keeps none of the sums, so they may be written over.
+        value = writer.call("addcmul_", value, Value(left), Value(right), layout=way.result)
+    return value
 
 
 def _product_layout(x: Layout, y: Layout, sizes: Sizes) -> Layout:

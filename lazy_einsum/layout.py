@@ -168,6 +168,20 @@ def reuse_distance(order: str, strides: Mapping[str, int], sizes: Sizes) -> int:
     return distance
 
 
+def inner_size(order: str, summed: str, sizes: Sizes) -> int:
+    """How many elements lie inside of what is summed, where a tensor is walked in this order.
+
+    >>> inner_size("abc", "a", {"a": 2, "b": 3, "c": 4}), inner_size("abc", "c", {"a": 2, "b": 3, "c": 4})
+    (12, 1)
+    """
+    inner = 1
+    for label in reversed(order):
+        if label in summed:
+            break
+        inner *= sizes[label]
+    return inner
+
+
 def merged_loops(order: str, tensors: Sequence[Mapping[str, int]], sizes: Sizes) -> list[int]:
     """Sizes of the loops over these labels, outermost first, after merging those that lie together in all tensors.
 

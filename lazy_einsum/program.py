@@ -9,6 +9,9 @@ from typing import Any, NamedTuple
 
 import torch
 
+ITEM = "__getitem__"
+"""The call that takes one of several tensors, which another call gives."""
+
 
 @dataclass(frozen=True, slots=True)
 class Value:
@@ -67,7 +70,8 @@ class Program:
             receiver, *args = [f"v{arg.number}" if isinstance(arg, Value) else repr(arg) for arg in call.args]
             args += [f"{name}={value!r}" for name, value in call.kwargs]
             result = "return" if final else f"v{self.n_operands + place} ="
-            lines.append(f"    {result} {receiver}.{call.target}({', '.join(args)})")
+            taken = f"{receiver}[{args[0]}]" if call.target == ITEM else f"{receiver}.{call.target}({', '.join(args)})"
+            lines.append(f"    {result} {taken}")
             # An intermediate that lives until the function returns would add to its peak of memory.
             dead = [f"v{number}" for number, last in last_use.items() if last == place and number >= self.n_operands]
             if dead and not final:

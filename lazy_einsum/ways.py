@@ -17,6 +17,7 @@ from .layout import (
     count_calls,
     elementwise_strides,
     group_strides,
+    inner_size,
     label_strides,
     memory_order,
     merged_loops,
@@ -24,12 +25,21 @@ from .layout import (
     reuse_distance,
     shape_of,
 )
+from .sizes import is_symbolic
 
 # Products of these are not rounded before the sum by a matrix product, whose accumulator is wider.
 THIN = 16
 """Matrices of fewer rows are worth a copy that makes their product faster."""
 
 NARROW = frozenset({torch.float16, torch.bfloat16})
+_ADDABLE = frozenset({torch.float32, torch.float64, torch.complex64, torch.complex128})
+
+SHORT = 9
+"""Sums of at most so many terms may be written out."""
+
+ADDED = 0.03e-9
+"""Seconds per element that it takes more to add a product to a tensor than to write it."""
+
 # A matrix product of bool is refused by torch.einsum: no other kernel may make it work.
 _SUMMABLE = frozenset(
     {
@@ -55,18 +65,19 @@ class Way(NamedTuple):
     """One way to contract two tensors.
 
     Attributes:
-        kind: ``product`` (mm, bmm, mv or dot), ``multiply``, ``copy and multiply``, or ``multiply and sum``.
+        kind: ``product`` (mm, bmm, mv or dot), ``multiply``, ``multiply and sum``, or ``loop`` (one elementwise product
+            for each value of the summed labels, added up in place).
         swap: the operands change places.
         first: groups of labels that the first operand is viewed as, or copied to.
         second: the same of the second operand.
         over: labels over which the operand that is a matrix is expanded to be a batch (``product``), or that are
-            summed (``multiply and sum``).
+            summed (``multiply and sum``, and ``loop``, whose operands have them first).
         result: what comes out.
         seconds: modelled time of all of it.
         strides: of both operands as the kernel takes them.
         calls: how many calls make each operand that.
         flips: which operands are copied with the last two groups exchanged, and viewed with them exchanged back.
-        copy_first: the first operand is copied to be contiguous along the summed labels.
+        copies: which operands are copied to be contiguous in the dimensions that they are viewed as.
     """
 
     kind: str
@@ -79,7 +90,7 @@ class Way(NamedTuple):
     strides: tuple[tuple[int, ...], tuple[int, ...]]
     calls: tuple[int, int]
     flips: tuple[bool, bool] = (False, False)
-    copy_first: bool = False
+    copies: tuple[bool, bool] = (False, False)
 
 
 def lone_labels(one: Layout, two: Layout, output: str) -> str:
@@ -99,9 +110,9 @@ def after_sums(context: Context, a: Layout, b: Layout, output: str) -> tuple[Lay
             before = product(one.labels, sizes)
             split = split_for_sum(one.dims, lone)
             spent += cost.CPU.launch * (split != one.dims)
-            innermost = bool(split[-1]) and split[-1][-1] in lone
+            inner = inner_size("".join(split), lone, sizes)
             one = summed_layout(split, lone, sizes)
-            spent += cost.sum_seconds(before, product(one.labels, sizes), innermost)
+            spent += cost.sum_seconds(before, product(one.labels, sizes), inner)
         results.append(one)
     return results[0], results[1], spent
 
@@ -120,8 +131,17 @@ def summed_layout(dims: tuple[str, ...], lone: str, sizes: Sizes) -> Layout:
     return contiguous_layout([dim for dim in dims if not dim or dim[0] not in lone], sizes)
 
 
-def ways(context: Context, a: Layout, b: Layout, output: str, hint: str) -> Iterator[Way]:
-    """Ways to contract two tensors that share no lone label, the result being in any order."""
+def ways(context: Context, a: Layout, b: Layout, output: str, hint: str, ahead: str = "") -> Iterator[Way]:
+    """Ways to contract two tensors that share no lone label, the result being in any order.
+
+    Args:
+        context: shared by all steps.
+        a: the first operand.
+        b: the second operand.
+        output: labels of the result.
+        hint: an order of labels that the rest of the plan would like.
+        ahead: labels that the next contraction sums.
+    """
     sizes = context.sizes
     in_a, in_b = a.labels, b.labels
     common = [label for label in in_a if label in in_b]
@@ -131,12 +151,14 @@ def ways(context: Context, a: Layout, b: Layout, output: str, hint: str) -> Iter
     columns = "".join(label for label in in_b if label not in in_a)
     sa, sb = label_strides(a, sizes), label_strides(b, sizes)
     if not summed:
-        yield from _multiply_ways(context, a, b, sa, sb, hint)
+        yield from _multiply_ways(context, a, b, sa, sb, hint, ahead)
         return
     if context.dtype in _SUMMABLE and (batch or (rows and columns)):
         way = _multiply_sum_way(context, a, b, sa, sb, (batch, rows, columns, summed))
         if way is not None:
             yield way
+    if context.dtype in _ADDABLE and (batch or rows or columns) and _is_short(summed, sizes):
+        yield from _loop_sum_ways(context, a, b, sa, sb, (batch, rows, columns, summed), hint, ahead)
     batches = _distinct(memory_order(batch, sa), memory_order(batch, sb), _by_hint(batch, hint))
     sums = _distinct(memory_order(summed, sa), memory_order(summed, sb))
     for swap in (False, True):
@@ -224,7 +246,7 @@ def _product_way(
         # Few rows are cheap to bring into the order in which their product is fast.
         launches = cost.CPU.launch * (1 + count_calls(x, first))
         copied = copy_seconds("".join(first), sx, sizes)
-        left = Matrix(launches + copied, contiguous_layout(first, sizes).strides, left.calls)
+        left = Matrix(launches + copied, contiguous_layout(first, sizes).strides, left.calls, copy=True)
     along = right.strides[len(second) - 2] if len(second) > 1 else 1
     seconds = left.seconds + right.seconds + cost.CPU.launch * bool(loop)
     seconds += cost.product_seconds(b, m, n, k, left.strides[-1] == 1, along == 1)
@@ -233,9 +255,8 @@ def _product_way(
         seconds += b * m * n * k * 0.8e-9
     result = contiguous_layout(dims, sizes)
     strides, calls = (left.strides, right.strides), (left.calls, right.calls)
-    return Way(
-        "product", swap, first, second, loop, result, seconds, strides, calls, (left.flip, right.flip), copy_first
-    )
+    flips, copies = (left.flip, right.flip), (left.copy, right.copy)
+    return Way("product", swap, first, second, loop, result, seconds, strides, calls, flips, copies)
 
 
 class Matrix(NamedTuple):
@@ -246,28 +267,23 @@ class Matrix(NamedTuple):
         strides: its strides then.
         calls: how many calls that takes, copies apart.
         flip: it is copied with the last two dimensions exchanged, and viewed with them exchanged back.
+        copy: it is copied as it is viewed.
     """
 
     seconds: float
     strides: tuple[int, ...]
     calls: int
     flip: bool = False
+    copy: bool = False
 
 
-def matrix_view(
-    layout: Layout, groups: tuple[str, ...], strides: dict[str, int], sizes: Sizes, naive: bool
-) -> Matrix:
+def matrix_view(layout: Layout, groups: tuple[str, ...], strides: dict[str, int], sizes: Sizes, naive: bool) -> Matrix:
     """A view where one exists with a contiguous dimension in the matrix: else the product would copy it itself."""
     calls = count_calls(layout, groups)
     launches = cost.CPU.launch * calls
     found = group_strides(groups, strides, sizes)
-    if found is not None:
-        shape = shape_of(groups[-2:], sizes)
-        inner = found[-2:]
-        if naive or len(shape) < 2 or 1 in shape:
-            return Matrix(launches, found, calls)
-        if (inner[1] == 1 and inner[0] >= shape[1]) or (inner[0] == 1 and inner[1] >= shape[0]):
-            return Matrix(launches, found, calls)
+    if found is not None and (naive or is_matrix(groups, found, sizes)):
+        return Matrix(launches, found, calls)
     straight = launches + copy_seconds("".join(groups), strides, sizes)
     if len(groups) > 1 and groups[-1] and groups[-2]:
         other = flipped(groups)
@@ -276,7 +292,24 @@ def matrix_view(
         if crossed + cost.CPU.launch < straight:
             *outer, row, column = contiguous_layout(other, sizes).strides
             return Matrix(crossed + cost.CPU.launch, (*outer, column, row), calls + 1, True)
-    return Matrix(straight, found or contiguous_layout(groups, sizes).strides, calls)
+    if found is not None and len(groups) < 3:
+        return Matrix(straight, found, calls)
+    # A batch that is no view is copied by ``reshape``, one that is a bad view is copied here.
+    return Matrix(straight, contiguous_layout(groups, sizes).strides, calls, copy=found is not None)
+
+
+def is_matrix(groups: tuple[str, ...], strides: tuple[int, ...], sizes: Sizes) -> bool:
+    """Whether a view with these groups of labels as dimensions is a matrix, or a batch of them, to the library: one of
+    its last two dimensions is contiguous. (A batch of others is multiplied matrix by matrix, at 4 us each.)
+    """
+    shape = shape_of(groups[-2:], sizes)
+    inner = strides[-2:]
+    if len(shape) < 2:
+        return True
+    if 1 in shape:
+        # A dimension of size 1 gets the stride of its neighbour.
+        return len(groups) < 3 or inner[shape[0] == 1] == 1 or shape == (1, 1)
+    return (inner[1] == 1 and inner[0] >= shape[1]) or (inner[0] == 1 and inner[1] >= shape[0])
 
 
 def flipped(groups: tuple[str, ...]) -> tuple[str, ...]:
@@ -284,32 +317,34 @@ def flipped(groups: tuple[str, ...]) -> tuple[str, ...]:
     return (*groups[:-2], groups[-1], groups[-2])
 
 
-def walk_order_seconds(order: str, tensors: Sequence[Mapping[str, int]], sizes: Sizes) -> float:
-    """Time of an elementwise call that walks the labels in this order."""
+def walk_order_seconds(
+    order: str, tensors: Sequence[Mapping[str, int]], sizes: Sizes, machine: cost.Machine = cost.CPU
+) -> float:
+    """Time of an elementwise call that walks the labels of these tensors, the result among them, in this order."""
     loops = merged_loops(order, tensors, sizes) or [1]
     elements = math.prod(loops)
     tile = max(math.prod(loops[-2:]), 1)
-    strided, distance, n_elements = False, 1, elements
+    stride, distance, n_elements = 1, 1, 0
     for strides in tensors:
         own = "".join(label for label in order if label in strides)
         n_elements += product(own, sizes)
         distance = max(distance, reuse_distance(own, strides, sizes))
-        strided = strided or bool(own and order[-1] in strides and strides[order[-1]] > 1)
+        stride = max(stride, strides.get(order[-1], 1)) if order else 1
     rows = elements // max(loops[-1], 1)
-    return cost.walk_seconds(elements, rows, elements // tile, strided, distance, cost.ITEM * n_elements)
+    return cost.walk_seconds(elements, rows, elements // tile, stride, distance, cost.ITEM * n_elements, machine)
 
 
 def copy_seconds(order: str, strides: dict[str, int], sizes: Sizes) -> float:
     """Time to copy a tensor so that it is contiguous when its labels are walked in this order."""
-    return walk_order_seconds(order, (strides,), sizes)
+    return walk_order_seconds(order, (strides, label_strides(contiguous_layout(tuple(order), sizes), sizes)), sizes)
 
 
 def _multiply_ways(
-    context: Context, a: Layout, b: Layout, sa: dict[str, int], sb: dict[str, int], hint: str
+    context: Context, a: Layout, b: Layout, sa: dict[str, int], sb: dict[str, int], hint: str, ahead: str
 ) -> Iterator[Way]:
     """Elementwise products. The order of the result is that of one of the operands, or the hint, or one in which labels
-    of both operands come first or last, as the next matrix product may want; operands that are small next to the result
-    may be copied to get it.
+    of both operands come first or last, or those that are summed next, as the next matrix product may want; operands
+    that are small next to the result may be copied to get it.
     """
     sizes = context.sizes
     in_a, in_b = memory_order(a.labels, sa), memory_order(b.labels, sb)
@@ -324,6 +359,8 @@ def _multiply_ways(
         common + columns + rows,
         rows + columns + common,
         columns + rows + common,
+        *_summed_first(in_a + columns, ahead),
+        *_summed_first(in_b + rows, ahead),
     )
     counts = product(a.labels, sizes), product(b.labels, sizes)
     elements = product(orders[0], sizes)
@@ -354,18 +391,115 @@ def _multiply_ways(
             calls,
         )
         wanted = contiguous_layout(tuple(order), sizes)
-        if result != wanted and 4 * max(counts) <= elements:
+        if result != wanted and max(counts) < elements:
             own = ["".join(label for label in order if label in strides) for strides in (sa, sb)]
             seconds += copy_seconds(own[0], sa, sizes) + copy_seconds(own[1], sb, sizes)
             copied = [label_strides(contiguous_layout(tuple(labels), sizes), sizes) for labels in own]
             seconds += walk_order_seconds(order, (*copied, label_strides(wanted, sizes)), sizes)
             cx, cy = reversed(copied) if swap else copied
             taken = _group_strides(x, cx), _group_strides(y, cy)
-            yield Way("copy and multiply", swap, x, y, "", wanted, seconds, taken, calls)
+            yield Way("multiply", swap, x, y, "", wanted, seconds, taken, calls, copies=(True, True))
+
+
+def _summed_first(order: str, ahead: str) -> tuple[str, ...]:
+    """The order with the labels that are summed next before all others: where few are summed and kept, a product over
+    long rows is much faster than one with narrow columns (3 of 38,400: 57 us, 357 the other way round).
+    """
+    summed = "".join(label for label in order if label in ahead)
+    return (summed + "".join(label for label in order if label not in ahead),) if summed else ()
 
 
 def _group_strides(groups: tuple[str, ...], strides: dict[str, int]) -> tuple[int, ...]:
     return tuple(strides[group] if group else 1 for group in groups)
+
+
+def _is_short(summed: str, sizes: Sizes) -> bool:
+    """Whether a sum is written out term by term: the code holds for these sizes only."""
+    return 1 < product(summed, sizes) <= SHORT and not any(is_symbolic(sizes[label]) for label in summed)
+
+
+def _loop_sum_ways(
+    context: Context,
+    a: Layout,
+    b: Layout,
+    sa: dict[str, int],
+    sb: dict[str, int],
+    groups: tuple[str, str, str, str],
+    hint: str,
+    ahead: str,
+) -> Iterator[Way]:
+    """A product of all elements for each value of the summed labels, added up in place: for few terms and long rows."""
+    sizes = context.sizes
+    batch, rows, columns, summed = groups
+    in_a, in_b = memory_order(batch + rows, sa), memory_order(batch + columns, sb)
+    common = "".join(label for label in in_a if label in batch)
+    rows, columns = memory_order(rows, sa), memory_order(columns, sb)
+    orders = _distinct(
+        in_a + columns,
+        in_b + rows,
+        _by_hint(in_a + columns, hint),
+        common + rows + columns,
+        common + columns + rows,
+        rows + columns + common,
+        columns + rows + common,
+        rows + common + columns,
+        columns + common + rows,
+        *_summed_first(in_a + columns, ahead),
+    )
+    terms = product(summed, sizes)
+    whole = product(orders[0], sizes)
+    for order in orders:
+        sides = [_slices(order, summed, *operand, sizes) for operand in ((a, sa), (b, sb))]
+        # The operand that has more of the result's labels decides how the result lies.
+        swap = product(columns, sizes) > product(rows, sizes)
+        first, second = reversed(sides) if swap else sides
+        result = _broadcast(order, [(side.groups[1:], side.own) for side in (first, second)], sizes)
+        strides = label_strides(result, sizes)
+        walked = memory_order(order, strides)
+        each = walk_order_seconds(walked, (first.own, second.own, strides), sizes)
+        # What is added to is read, too.
+        each += whole * ADDED
+        seconds = first.seconds + second.seconds + terms * each
+        taken = first.strides, second.strides
+        calls, copies = (first.calls, second.calls), (first.copied, second.copied)
+        yield Way("loop", swap, first.groups, second.groups, summed, result, seconds, taken, calls, copies=copies)
+
+
+class Slices(NamedTuple):
+    """An operand of a product that is added up term by term.
+
+    Attributes:
+        groups: its dimensions, the summed labels first.
+        strides: their strides.
+        own: strides of the labels of each slice.
+        copied: whether it is copied.
+        calls: how many calls it takes, a copy apart.
+        seconds: what it takes.
+    """
+
+    groups: tuple[str, ...]
+    strides: tuple[int, ...]
+    own: dict[str, int]
+    copied: bool
+    calls: int
+    seconds: float
+
+
+def _slices(order: str, summed: str, layout: Layout, strides: dict[str, int], sizes: Sizes) -> Slices:
+    own = "".join(label for label in order if label in strides)
+    groups = (summed, *(_aligned(order, Layout(tuple(own), ())) if own else ()))
+    calls = count_calls(layout, groups) + 1
+    launches = cost.CPU.launch * calls
+    there = group_strides(groups, strides, sizes)
+    # Each slice is read once, so across its memory a copy pays where the lines of all are far apart, or broadcast.
+    copied = contiguous_layout(groups, sizes)
+    copy = there is None or (bool(own) and strides[own[-1]] != 1 and product(own, sizes) > 1)
+    if copy:
+        fresh = label_strides(copied, sizes)
+        seconds = launches + copy_seconds(summed + own, strides, sizes)
+        return Slices(groups, copied.strides, {label: fresh[label] for label in own}, True, calls, seconds)
+    assert there is not None
+    return Slices(groups, there, {label: strides[label] for label in own}, False, calls, launches)
 
 
 def _aligned(order: str, layout: Layout) -> tuple[str, ...]:
@@ -404,7 +538,7 @@ def _multiply_sum_way(
     first, second = _aligned(order, a), _aligned(order, b)
     whole = label_strides(contiguous_layout(tuple(order), sizes), sizes)
     seconds = walk_order_seconds(order, (sa, sb, whole), sizes)
-    seconds += cost.sum_seconds(elements, elements // max(product(summed, sizes), 1), not inner)
+    seconds += cost.sum_seconds(elements, elements // max(product(summed, sizes), 1), product(inner, sizes))
     calls = count_calls(a, first), count_calls(b, second)
     seconds += cost.CPU.launch * sum(calls)
     dims = tuple(label for label in order if label not in summed)

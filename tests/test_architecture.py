@@ -27,6 +27,7 @@ RANKS = {
     "spec": 1,
     "calls": 1,
     "cost": 1,
+    "calibrate": 4,
     "signature": 1,
     "symbols": 1,
     "labelsets": 1.5,

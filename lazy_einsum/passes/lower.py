@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import operator
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import fx
@@ -28,7 +29,7 @@ from ..graph import (
 from ..kernels import lower_plan
 from ..layout import Strides
 from ..plan import Contraction, Plan
-from ..program import Program, Value
+from ..program import ITEM, Call, Program, Value
 from ..saved import SAVED, followed_types, lower_saving, memory_of
 from ..scalars import ONE, Factor, Tensors, dtype_of, read_linear, tensors
 from ..spec import EinsumSpec, fresh_symbols
@@ -321,11 +322,17 @@ class _Write(NamedTuple):
             # The last call's value is the user's: two results are never one tensor.
             key = (call.target, args, call.kwargs, inside.grad) if call is not program.calls[-1] else None
             known = self.views.get(key) if self.views is not None and key is not None else None
-            value = known or stamp(graph.call_method(call.target, args, dict(call.kwargs)), inside)
+            value = known or stamp(_call(graph, call, args), inside)
             if self.views is not None and key is not None and call.target in _VIEWS:
                 self.views[key] = value
             values.append(value)
         return values[-1]
+
+
+def _call(graph: fx.Graph, call: Call, args: tuple[Any, ...]) -> fx.Node:
+    if call.target == ITEM:
+        return graph.call_function(operator.getitem, args)
+    return graph.call_method(call.target, args, dict(call.kwargs))
 
 
 def _plan(tree: _Tree) -> Plan:

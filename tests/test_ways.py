@@ -1,0 +1,131 @@
+"""Each way to contract two tensors, whether it is the best one or not, gives what torch.einsum gives."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from test_backward import EQUATIONS
+
+from lazy_einsum.kernels import _write_way, _Writer
+from lazy_einsum.layout import Layout, Sizes, label_strides
+from lazy_einsum.program import Program, compile_program, run
+from lazy_einsum.sizes import SymbolicSize
+from lazy_einsum.ways import SHORT, Context, Way, is_matrix, ways
+
+SMALL = {"a": 3, "b": 4, "c": 5, "d": 6}
+LARGE = {"a": 9, "b": 8, "c": 17, "d": 12}
+LONG = {"a": 2, "b": 2, "c": 2, "d": 2, "e": 50}
+
+
+def laid_out(term: str, order: tuple[str, ...], sizes: Sizes, dtype: torch.dtype = torch.float64) -> torch.Tensor:
+    """A random tensor with the labels of ``term`` as dimensions, that lies in memory in this order."""
+    own = [label for label in order if label in term]
+    generator = torch.Generator().manual_seed(0)
+    tensor = torch.randn([sizes[label] for label in own], generator=generator, dtype=dtype)
+    return tensor.permute([own.index(label) for label in term])
+
+
+def all_ways(
+    equation: str, operands: list[torch.Tensor], sizes: Sizes, hint: str = "", ahead: str = ""
+) -> tuple[list[Way], list[Layout]]:
+    left, output = equation.split("->")
+    layouts = [Layout(tuple(term), x.stride()) for term, x in zip(left.split(","), operands, strict=True)]
+    context = Context(sizes, operands[0].dtype)
+    return list(ways(context, *layouts, output, hint or output, ahead)), layouts
+
+
+def program_of(way: Way, layouts: list[Layout], sizes: Sizes, dtype: torch.dtype = torch.float64) -> Program:
+    writer = _Writer(sizes, 2)
+    writer.layouts.update(enumerate(layouts))
+    pair = (1, 0) if way.swap else (0, 1)
+    return writer.program(_write_way(writer, Context(sizes, dtype), way, *pair, None), 0.0)
+
+
+@pytest.mark.parametrize("sizes", [SMALL, LARGE, LONG], ids=["small", "large", "long"])
+@pytest.mark.parametrize("equation", [*EQUATIONS, "eab,ebc->eac", "eab,abc->ec", "abe,abc->ec"])
+def test_every_way_computes_the_contraction(equation: str, sizes: Sizes) -> None:
+    if "e" in equation and "e" not in sizes:
+        sizes = {**sizes, "e": 7}
+    left, output = equation.split("->")
+    terms = left.split(",")
+    for order in itertools.islice(itertools.permutations(sorted(set(equation) - set(",->"))), 0, None, 3):
+        operands = [laid_out(term, order, sizes) for term in terms]
+        expected = torch.einsum(equation, *operands)
+        found, layouts = all_ways(equation, operands, sizes, "".join(order), output[:1])
+        assert found
+        for way in found:
+            assert way.seconds > 0
+            program = program_of(way, layouts, sizes)
+            result = run(program, operands)
+            assert result.stride() == way.result.strides, way
+            own = label_strides(way.result, sizes)
+            seen = result.as_strided([sizes[label] for label in output], [own[label] for label in output])
+            torch.testing.assert_close(seen, expected, rtol=1e-12, atol=1e-12)
+            torch.testing.assert_close(compile_program(program)(*operands), result, rtol=0, atol=0)
+
+
+def test_all_kinds_are_among_them() -> None:
+    kinds = set()
+    for equation, sizes in itertools.product(EQUATIONS, (SMALL, LARGE)):
+        operands = [laid_out(term, tuple("abcd"), sizes) for term in equation.split("->")[0].split(",")]
+        kinds |= {way.kind for way in all_ways(equation, operands, sizes)[0]}
+    assert kinds == {"product", "multiply", "multiply and sum", "loop"}
+
+
+def _has_loop(equation: str, sizes: Sizes, dtype: torch.dtype = torch.float64) -> bool:
+    plain = {label: int(size) for label, size in sizes.items()}
+    operands = [laid_out(term, tuple("abcd"), plain, torch.float64).to(dtype) for term in equation[:-4].split(",")]
+    return any(way.kind == "loop" for way in all_ways(equation, operands, sizes)[0])
+
+
+def test_sums_are_written_out_only_where_they_are_short() -> None:
+    equation = "ab,bc->ac"
+    sizes = {"a": 30, "b": SHORT, "c": 40}
+    assert _has_loop(equation, sizes)
+    assert not _has_loop(equation, {**sizes, "b": SHORT + 1})
+    # Of nothing there is no first term.
+    assert not _has_loop(equation, {**sizes, "b": 0})
+    # Code for many sizes can't have as many terms as one of them.
+    assert not _has_loop(equation, {**sizes, "b": SymbolicSize.symbol("s0", 4)})
+    assert _has_loop(equation, {**sizes, "a": SymbolicSize.symbol("s0", 30)})
+    # A sum in a narrow type is rounded at each term.
+    for dtype in (torch.float16, torch.bfloat16, torch.int64, torch.bool):
+        assert not _has_loop(equation, sizes, dtype)
+
+
+def test_what_is_a_matrix_to_the_library() -> None:
+    sizes = {"a": 30, "b": 40, "c": 50}
+    cases = [
+        (("a", "b", "c"), (2000, 50, 1), True),
+        (("a", "b", "c"), (2000, 1, 40), True),
+        (("a", "b", "c"), (1, 1500, 30), False),
+        (("a", "b", "c"), (50, 1500, 1), True),
+        (("a", "", "c"), (1, 1, 30), False),
+        (("a", "", "c"), (50, 50, 1), True),
+        (("a", "b", ""), (1, 30, 1), False),
+        (("a", "b", ""), (40, 1, 1), True),
+        (("b", "c"), (1, 40), True),
+        (("", "c"), (1, 40), True),
+        (("c",), (40,), True),
+    ]
+    for groups, strides, expected in cases:
+        assert is_matrix(groups, strides, sizes) == expected, (groups, strides)
+
+
+@pytest.mark.parametrize("equation", [*EQUATIONS, "abd,bcd->abc"])
+def test_every_way_can_be_differentiated_twice(equation: str) -> None:
+    left, _ = equation.split("->")
+    operands = [laid_out(term, tuple("dbac"), SMALL).requires_grad_() for term in left.split(",")]
+
+    def derivatives(result: torch.Tensor) -> list[torch.Tensor]:
+        first = torch.autograd.grad(result.sin().sum(), operands, create_graph=True)
+        return [*first, *torch.autograd.grad(sum(gradient.pow(2).sum() for gradient in first), operands)]
+
+    expected = derivatives(torch.einsum(equation, *operands))
+    found, layouts = all_ways(equation, operands, SMALL)
+    for way in found:
+        result = run(program_of(way, layouts, SMALL), operands)
+        for gradient, reference in zip(derivatives(result), expected, strict=True):
+            torch.testing.assert_close(gradient, reference, rtol=1e-10, atol=1e-10)
