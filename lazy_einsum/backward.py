@@ -123,13 +123,13 @@ def _of_product(way: Way, follows: tuple[bool, bool], sizes: Sizes) -> tuple[flo
 
 
 def _of_loop(way: Way, follows: tuple[bool, bool], sizes: Sizes) -> tuple[float, _Gradients]:
-    """That of the product of two slices as often as there are slices; then their gradients are stacked."""
+    """That of the product of two slices, and of a sum, as often as there are slices; their gradients are stacked."""
     inner = way.strides[0][1:], way.strides[1][1:]
     groups = way.first[1:], way.second[1:]
     slices = way._replace(kind="multiply", first=groups[0], second=groups[1], over="", strides=inner)
     once, gradients = _of_multiply(slices, follows, sizes)
     terms = product(way.over, sizes)
-    seconds = terms * once
+    seconds = terms * (once + any(follows) * _CALL)
     stacked: list[Layout | None] = [None, None]
     for place, gradient in enumerate(gradients):
         if gradient is not None:

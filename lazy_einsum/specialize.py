@@ -413,8 +413,8 @@ def plan_conditions(
 ) -> Iterator[str]:
     """Where the contraction orders chosen for the symbols' examples are good ones, as conditions on single symbols.
 
-    Looked for in steps of a factor of 4 around the examples: one symbol at a time, or all together where ``conditions``
-    tie one to others.
+    Looked for at a thousand times the examples and at a thousandth, and only where they are not good there in steps of
+    a factor of 4 around the examples: one symbol at a time, or all together where ``conditions`` tie one to others.
     """
     networks = []
     frozen = frozen_values(graph)
@@ -428,17 +428,26 @@ def plan_conditions(
     groups = [[name] for name in sizes] + [sizes] * (len(sizes) > 1)
     for names in groups if networks else ():
         for factor, relation in ((4, "<"), (0.25, ">")):
+            scopes = []
             for power in range(1, 6):
                 scope = examples | {name: int(examples[name] * factor**power) for name in names}
                 if any(scope[name] < 2 for name in names) or not all(_holds(text, scope) for text in conditions):
                     break
-                if not all(_is_good(network, path, scope, options) for network, path in networks):
-                    yield f"{names[0]} {relation} {scope[names[0]]}"
-                    break
+                scopes.append(scope)
+            if not scopes or _all_good(networks, scopes[-1], options):
+                continue
+            end = next((scope for scope in scopes[:-1] if not _all_good(networks, scope, options)), scopes[-1])
+            yield f"{names[0]} {relation} {end[names[0]]}"
 
 
 def _holds(condition: str, scope: Mapping[str, int | float]) -> bool:
     return bool(eval(condition, {"math": math, **scope}))
+
+
+def _all_good(
+    networks: Sequence[tuple[WrittenNetwork, PlanPath]], scope: Mapping[str, int | float], options: Options
+) -> bool:
+    return all(_is_good(network, path, scope, options) for network, path in networks)
 
 
 def _is_good(network: WrittenNetwork, path: PlanPath, scope: Mapping[str, int | float], options: Options) -> bool:

@@ -7,9 +7,11 @@ noted as a condition, so that what was traced holds wherever the conditions do. 
 from __future__ import annotations
 
 import ast
+import inspect
 import operator
 import weakref
 from collections.abc import Callable, Mapping
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -165,6 +167,20 @@ def _float(value: Any) -> float:
     return float(value.node.guard_float("", 0)) if isinstance(value, torch.SymFloat) else float(value)
 
 
+@lru_cache(maxsize=1)
+def _shape_env_class() -> Any:
+    """``ShapeEnv`` that does not look for the user's frame, to name it in its own logs: finding out which files are the
+    user's imports all of ``torch.export`` (130 ms).
+    """
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+    class Quick(ShapeEnv):
+        def _get_user_frame(self) -> Any:
+            return inspect.currentframe()
+
+    return Quick
+
+
 class Symbols:
     """The symbols of one trace.
 
@@ -181,9 +197,9 @@ class Symbols:
 
     def __init__(self, examples: Mapping[str, int | float]) -> None:
         from torch._dynamo.source import ConstantSource
-        from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
+        from torch.fx.experimental.symbolic_shapes import DimDynamic
 
-        self.shape_env = ShapeEnv(specialize_zero_one=True, duck_shape=False)
+        self.shape_env = _shape_env_class()(specialize_zero_one=True, duck_shape=False)
         self.given = _GIVEN.setdefault(self.shape_env, [])
         self._uses = _USES.setdefault(self.shape_env, [])
         self.examples = dict(examples)

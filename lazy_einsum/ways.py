@@ -55,10 +55,12 @@ class Context(NamedTuple):
     Attributes:
         sizes: size of each label.
         dtype: of the operands.
+        follows: autograd follows an operand.
     """
 
     sizes: Sizes
     dtype: torch.dtype
+    follows: bool = False
 
 
 class Way(NamedTuple):
@@ -457,9 +459,10 @@ def _loop_sum_ways(
         strides = label_strides(result, sizes)
         walked = memory_order(order, strides)
         each = walk_order_seconds(walked, (first.own, second.own, strides), sizes)
-        # What is added to is read, too.
-        each += whole * ADDED
         seconds = first.seconds + second.seconds + terms * each
+        # What is added to is read, too. Autograd takes a product and a sum faster than both at once.
+        added = whole * ADDED if not context.follows else walk_order_seconds(walked, (strides, strides), sizes)
+        seconds += (terms - 1) * added
         taken = first.strides, second.strides
         calls, copies = (first.calls, second.calls), (first.copied, second.copied)
         yield Way("loop", swap, first.groups, second.groups, summed, result, seconds, taken, calls, copies=copies)
@@ -488,7 +491,8 @@ class Slices(NamedTuple):
 def _slices(order: str, summed: str, layout: Layout, strides: dict[str, int], sizes: Sizes) -> Slices:
     own = "".join(label for label in order if label in strides)
     groups = (summed, *(_aligned(order, Layout(tuple(own), ())) if own else ()))
-    calls = count_calls(layout, groups) + 1
+    # Two slices take as long as one call.
+    calls = count_calls(layout, groups) + 1 + product(summed, sizes) // 2
     launches = cost.CPU.launch * calls
     there = group_strides(groups, strides, sizes)
     # Each slice is read once, so across its memory a copy pays where the lines of all are far apart, or broadcast.
