@@ -94,6 +94,22 @@ def test_scalings_join_the_program():
     assert found[0] == "mul = x0.mul(1.5)"
 
 
+def test_a_factor_of_one_is_none_where_it_changes_nothing():
+    def product(x, y):
+        return einsum("ij,jk->ik", x, y)
+
+    for one in (1.0, 1, 3 / 3):
+        found = check_pass(planned, lambda x, y, one=one: product(x, y) / one, tensor(2, 30), tensor(30, 40))
+        assert not any(".mul(" in line or ".div(" in line for line in found)
+    # A result that would be a view of its operand is a copy of it; integers become floats, reals complex.
+    for program, operands in (
+        (lambda x: einsum("ij->ji", x) * 1.0, [tensor(3, 4)]),
+        (lambda x, y: product(x, y) * 1.0, [torch.ones(3, 4, dtype=torch.int64), torch.ones(4, 5, dtype=torch.int64)]),
+        (lambda x, y: product(x, y) * 1j / 1j, [tensor(3, 4), tensor(4, 5)]),
+    ):
+        check_pass(planned, program, *operands)
+
+
 def test_lazily_conjugated_operands():
     x, y = rand(4, dtype=torch.complex128), rand(4, dtype=torch.complex128)
     for equation in ("i,i->", "i,j->ij", "i,i->i"):
