@@ -1716,12 +1716,14 @@ def check_against(library: str, program: Program, networks: bool | None = None) 
 
 @contextmanager
 def every_network() -> Iterator[None]:
-    """Products join others, multiply the terms of sums, are shared, whether that pays or not."""
+    """Products join others, multiply the terms of sums, are shared or copied, whether that pays or not."""
     with ExitStack() as stack:
-        for name in ("join_products", "distribute", "share"):
+        for name in ("recompute", "distribute", "share"):
             # Of the package, the name is that of the function.
             module = importlib.import_module(f"lazy_einsum.passes.{name}")
             stack.enter_context(patch.object(module, "pays", lambda *seconds: True))
+        networks = importlib.import_module("lazy_einsum.networks")
+        stack.enter_context(patch.object(networks, "pays", lambda *seconds: True))
         yield
 
 

@@ -16,6 +16,7 @@ from .fuse_scalars import fuse_scalars
 from .join_products import join_products
 from .lower import lower
 from .place_scalars import place_scalars
+from .recompute import recompute
 from .share import share
 
 Pass = Callable[[fx.Graph], fx.Graph]
@@ -48,6 +49,10 @@ PASSES: tuple[tuple[str, Callable[[Options], Pass]], ...] = (
     ("canonicalize", lambda options: canonicalize()),
     ("fuse_scalars", lambda options: fuse_scalars(options.reassociate)),
     ("distribute", lambda options: distribute(options.optimize, options.memory_limit, options.reassociate)),
+    (
+        "recompute",
+        lambda options: recompute(options.optimize, options.memory_limit, options.reassociate, options.saved_limit),
+    ),
     (
         "join_products",
         lambda options: join_products(options.optimize, options.memory_limit, options.reassociate),

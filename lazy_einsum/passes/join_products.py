@@ -8,12 +8,9 @@ from dataclasses import replace
 import torch
 from torch import fx
 
-from ..graph import copy_graph, facts, is_einsum, stamp, type_of, write_einsum
-from ..networks import Networks, pays
-from ..products import is_permutation
+from ..graph import copy_graph, facts, is_einsum, stamp, write_einsum
+from ..networks import Networks
 from ..spec import EinsumSpec
-
-_LEAST = 5e-6
 
 
 def join_products(
@@ -53,38 +50,13 @@ def join_products(
         if reassociate is not False:
             networks = Networks(new, optimize, reassociate)
             for root in networks.roots():
-                if _gains(networks, root, memory_limit):
+                if networks.joins(root, memory_limit):
                     for node in networks.parts[root]:
                         if not is_einsum(node):
                             _write(node, *networks.own[node])
         return new
 
     return run
-
-
-def _gains(networks: Networks, root: fx.Node, memory_limit: int | None) -> bool:
-    """Whether the network of ``root`` is to be joined."""
-    spec, operands = networks.whole[root]
-    parts = [part for part in networks.parts[root] if not is_permutation(part)]
-    if len(operands) < 2 or len(parts) < 2 or all(map(is_einsum, parts)):
-        return False
-    if len(operands) == 2 and not any(_is_matrix_product(networks.own[part].spec) for part in parts):
-        # What is multiplied element by element and summed gains where it is a product of matrices or vectors. As a
-        # batch of dot products it is slower (20,000 of length 16: 256 us for 199, with gradients 6,061 for 582).
-        first, second = spec.inputs
-        if not any(label in spec.output for label in set(first) ^ set(second)):
-            return False
-    results = [known for part in parts if (known := type_of(part))]
-    plan = networks.plan(spec, operands, memory_limit)
-    if plan is None or len(results) < len(parts):
-        return False
-    if memory_limit is not None and any(known.numel * known.dtype.itemsize > memory_limit for known in results[1:]):
-        return True
-    return pays(plan.seconds, networks.seconds(root), _LEAST)
-
-
-def _is_matrix_product(spec: EinsumSpec) -> bool:
-    return len(spec.inputs) == 2 and not set(spec.inputs[0] + spec.inputs[1]) <= set(spec.output)
 
 
 def _write(node: fx.Node, spec: EinsumSpec, operands: Sequence[fx.Node], added: fx.Node | None) -> None:

@@ -320,7 +320,7 @@ class _Einsums:
             return None
         n_copies = 2 if len(pair.wholes) == 2 and keepers(pair.second.node) else 1
         elements = math.prod(shape)
-        once += n_copies * walk_seconds(elements, 1, 1, False, 1, 2 * ITEM * elements)
+        once += n_copies * walk_seconds(elements, 1, 1, 1, 1, 2 * ITEM * elements)
         # The margin is one on the time that changes.
         return replaced - once if pays(once, replaced, _LEAST) else None
 
