@@ -232,7 +232,7 @@ def _choose(
     sizes = context.sizes
     keep = next(kept for limit, kept in _LAYOUTS if len(steps) <= limit)
     hints = _hints(steps, operands, _order(wanted, strides, sizes))
-    consumers = {operand: step for step in steps for operand in step.operands}
+    consumers = _consumers(steps)
     for number, step in enumerate(steps):
         last = number == len(steps) - 1
         # Results that lie in memory alike are the same to the consumer, whatever the order of their dimensions.
@@ -277,6 +277,11 @@ def _choose(
     return choices
 
 
+def _consumers(steps: Sequence[Contraction]) -> dict[int, Contraction]:
+    """The step that takes each value of a plan."""
+    return {operand: step for step in steps for operand in step.operands}
+
+
 def _order(wanted: tuple[str, ...], strides: Strides | None, sizes: Sizes) -> tuple[str, ...]:
     """The dimensions of the result, outermost in memory first, as far as that is asked for."""
     return wanted if strides is None else tuple(wanted[dim] for dim in strides.order(shape_of(wanted, sizes)))
@@ -288,10 +293,10 @@ def _hints(steps: Sequence[Contraction], operands: Sequence[Layout], wanted: tup
     """
     final = "".join(wanted)
     n = len(operands)
-    consumer = {operand: step for step in steps for operand in step.operands}
+    consumers = _consumers(steps)
     hints = []
     for number in range(len(steps)):
-        step = consumer.get(n + number)
+        step = consumers.get(n + number)
         other = ""
         if step is not None:
             partner = step.operands[0] if step.operands[1] == n + number else step.operands[1]

@@ -27,18 +27,15 @@ from .layout import (
 )
 from .sizes import is_symbolic
 
-# Products of these are not rounded before the sum by a matrix product, whose accumulator is wider.
 THIN = 16
 """Matrices of fewer rows are worth a copy that makes their product faster."""
-
-NARROW = frozenset({torch.float16, torch.bfloat16})
-_ADDABLE = frozenset({torch.float32, torch.float64, torch.complex64, torch.complex128})
 
 SHORT = 9
 """Sums of at most so many terms may be written out."""
 
-ADDED = 0.03e-9
-"""Seconds per element that it takes more to add a product to a tensor than to write it."""
+# Products of these are not rounded before the sum by a matrix product, whose accumulator is wider.
+NARROW = frozenset({torch.float16, torch.bfloat16})
+_ADDABLE = frozenset({torch.float32, torch.float64, torch.complex64, torch.complex128})
 
 # A matrix product of bool is refused by torch.einsum: no other kernel may make it work.
 _SUMMABLE = frozenset(
@@ -461,7 +458,7 @@ def _loop_sum_ways(
         each = walk_order_seconds(walked, (first.own, second.own, strides), sizes)
         seconds = first.seconds + second.seconds + terms * each
         # What is added to is read, too. Autograd takes a product and a sum faster than both at once.
-        added = whole * ADDED if not context.follows else walk_order_seconds(walked, (strides, strides), sizes)
+        added = whole * cost.CPU.element if not context.follows else walk_order_seconds(walked, (strides, strides), sizes)
         seconds += (terms - 1) * added
         taken = first.strides, second.strides
         calls, copies = (first.calls, second.calls), (first.copied, second.copied)
@@ -495,7 +492,7 @@ def _slices(order: str, summed: str, layout: Layout, strides: dict[str, int], si
     calls = count_calls(layout, groups) + 1 + product(summed, sizes) // 2
     launches = cost.CPU.launch * calls
     there = group_strides(groups, strides, sizes)
-    # Each slice is read once, so across its memory a copy pays where the lines of all are far apart, or broadcast.
+    # All slices together are read across memory as often as there are terms, a copy only once.
     copied = contiguous_layout(groups, sizes)
     copy = there is None or (bool(own) and strides[own[-1]] != 1 and product(own, sizes) > 1)
     if copy:
