@@ -458,7 +458,9 @@ def _loop_sum_ways(
         each = walk_order_seconds(walked, (first.own, second.own, strides), sizes)
         seconds = first.seconds + second.seconds + terms * each
         # What is added to is read, too. Autograd takes a product and a sum faster than both at once.
-        added = whole * cost.CPU.element if not context.follows else walk_order_seconds(walked, (strides, strides), sizes)
+        added = whole * cost.CPU.element
+        if context.follows:
+            added = walk_order_seconds(walked, (strides, strides), sizes)
         seconds += (terms - 1) * added
         taken = first.strides, second.strides
         calls, copies = (first.calls, second.calls), (first.copied, second.copied)
