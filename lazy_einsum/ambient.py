@@ -11,6 +11,7 @@ import ctypes
 import os
 import random
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
@@ -183,16 +184,22 @@ class RandomState:
 
     Until ``restore`` they hold states that no seed of the user's gives, so that seeding with the seed that is in
     force shows too.
+
+    All threads share these generators. Where there are others, what they draw would be taken for what this one does,
+    and what they seed would be undone; so those of torch and Python are left alone then: ``impure.Watch``, which sees
+    this thread only, finds calls that draw from them or seed them.
     """
 
     def __init__(self) -> None:
+        self._is_alone = not _others_run()
         self._torch = torch.default_generator.get_state()
         self._python = random.getstate()
         numpy = sys.modules.get("numpy")
         self._numpy = numpy.random.get_state() if numpy is not None else None
         seed = int.from_bytes(os.urandom(7), "little")
-        torch.default_generator.manual_seed(seed)
-        random.seed(seed)
+        if self._is_alone:
+            torch.default_generator.manual_seed(seed)
+            random.seed(seed)
         if numpy is not None:
             numpy.random.seed(seed % 2**32)
         self._probe = self._now()
@@ -202,15 +209,18 @@ class RandomState:
         changed = [
             name for name, before, now in zip(_GENERATORS, self._probe, self._now(), strict=True) if before != now
         ]
-        torch.default_generator.set_state(self._torch)
-        random.setstate(self._python)
+        if self._is_alone:
+            torch.default_generator.set_state(self._torch)
+            random.setstate(self._python)
+        if not self._is_alone or _others_run():
+            changed = [name for name in changed if name not in _WATCHED]
         if self._numpy is not None:
             sys.modules["numpy"].random.set_state(self._numpy)
         return changed[0] if changed else None
 
     def same_torch(self) -> bool:
-        """Whether torch's generator was not used."""
-        return _bytes(torch.default_generator.get_state()) == self._probe[0]
+        """Whether torch's generator was not used, as far as that can be told."""
+        return not self._is_alone or _bytes(torch.default_generator.get_state()) == self._probe[0]
 
     def _now(self) -> tuple[object, ...]:
         numpy_state: object = None
@@ -221,6 +231,12 @@ class RandomState:
 
 
 _GENERATORS = ("torch's random generator", "Python's random generator", "NumPy's random generator")
+_WATCHED = _GENERATORS[:2]
+
+
+def _others_run() -> bool:
+    """Whether other threads may use generators, while calls of this one are watched."""
+    return threading.active_count() > 1 and sys.getprofile() is None
 
 
 def _bytes(state: torch.Tensor) -> bytes:

@@ -12,6 +12,7 @@ import io
 import logging
 import os
 import queue
+import random
 import socket
 import subprocess
 import sys
@@ -51,11 +52,18 @@ _CODE: dict[types.CodeType, str] = {
     type(os.environ).__getitem__.__code__: "reads the environment",
     type(os.environ).__iter__.__code__: "reads the environment",
     type(os.environ).__setitem__.__code__: "changes the environment",
+    **dict.fromkeys(
+        (torch.random.manual_seed.__code__, torch.random.seed.__code__, torch.random.set_rng_state.__code__),
+        "seeds torch's random generator",
+    ),
     torch.random.initial_seed.__code__: "asks for the seed",
     torch.random.get_rng_state.__code__: "asks for the state of torch's random generator",
 }
+_PYTHON_GENERATOR: Any = random.random.__self__  # type: ignore[attr-defined]
 _TORCH = os.path.join(os.path.dirname(os.path.abspath(torch.__file__)), "")
 _MODULES = os.path.join(_TORCH, "nn", "")  # which only call what is the user's
+# Around functions that torch.compile is to leave alone.
+_WRAPPERS = frozenset(os.path.join(_TORCH, *path) for path in (("_compile.py",), ("_dynamo", "eval_frame.py")))
 _OTHERS = (*(os.path.join(sysconfig.get_paths()[name], "") for name in ("stdlib", "purelib", "platlib")), "<frozen ")
 # Whatever lies in these files is for its effects.
 _FILES = {module.__file__: f"uses {module.__name__}" for module in (threading, queue, subprocess, socket)}
@@ -165,10 +173,11 @@ def _is_internal(frame: types.FrameType | None) -> bool:
     """Whether torch made a call for ends of its own (symbolic sizes, its logs), by way of other packages or not."""
     while frame is not None:
         name = frame.f_code.co_filename
-        if name.startswith(_TORCH) and not name.startswith(_MODULES):
-            return True
-        if not name.startswith(_OTHERS):
-            return False
+        if name not in _WRAPPERS:
+            if name.startswith(_TORCH) and not name.startswith(_MODULES):
+                return True
+            if not name.startswith(_OTHERS):
+                return False
         frame = frame.f_back
     return False
 
@@ -178,6 +187,8 @@ def _reason(function: Any) -> str | None:
     name = getattr(function, "__name__", None)
     if name in _FUNCTIONS and any(function is known for known in _FUNCTIONS[name]):
         return f"calls {name}()"
+    if getattr(function, "__self__", None) is _PYTHON_GENERATOR:
+        return "draws from or seeds Python's random generator"
     if name in _METHODS:
         owner = function.__self__
         if isinstance(owner, _METHODS[name]) or (isinstance(owner, type) and issubclass(owner, _METHODS[name])):

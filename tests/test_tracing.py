@@ -185,8 +185,8 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "autocast inside": (program(autocast_inside), "autocast"),
     "checkpoint": (program(lambda self, x: checkpointed(x, False)), "checkpointing"),
     "reentrant checkpoint": (program(lambda self, x: checkpointed(x, True)), "grad mode|autograd.Function"),
-    "manual_seed": (program(seeded), "seeded"),
-    "fork_rng": (program(forked), "seeded"),
+    "manual_seed": (program(seeded), "seeds torch's random generator"),
+    "fork_rng": (program(forked), "seeds torch's random generator"),
     "Python's random": (program(lambda self, x: x * random.random()), "Python's random generator"),
     "NumPy's random": (program(lambda self, x: x * float(np.random.rand())), "NumPy's random generator"),
     "backward": (program(backward_inside), "requires_grad_|backward"),
@@ -414,6 +414,46 @@ def test_refused(name: str) -> None:
     assert wrapped.cache_info().fallbacks == 3 and wrapped.cache_info().currsize == 0
     with pytest.raises(UntraceableError, match=reason):
         OptimizedModule(make(), on_untraceable="raise")(x34().requires_grad_())
+
+
+@pytest.mark.parametrize("name", ["manual_seed", "fork_rng", "Python's random", "NumPy's random"])
+def test_refused_beside_other_threads(name: str) -> None:
+    """Whose threads draw from generators can't be told by the generators' state."""
+    done = threading.Event()
+    thread = threading.Thread(target=done.wait)
+    thread.start()
+    try:
+        test_refused(name)
+    finally:
+        done.set()
+        thread.join()
+
+
+def test_other_threads_draw_and_seed_meanwhile() -> None:
+    """They are not taken for ``forward``, and what they seed is not undone."""
+
+    def numbers() -> tuple[Any, ...]:
+        torch.manual_seed(5)
+        random.seed(5)
+        return *torch.rand(3).tolist(), random.random(), *torch.rand(2).tolist(), random.randint(0, 10**9)
+
+    expected, found = numbers(), set()
+    done = threading.Event()
+
+    def draw() -> None:
+        while not done.is_set():
+            found.add(numbers())
+
+    thread = threading.Thread(target=draw)
+    thread.start()
+    try:
+        for number in range(30):
+            model = OptimizedModule(Program(lambda self, x, number=number: (x * number).sin()), on_untraceable="raise")
+            model(torch.ones(3, 4))
+    finally:
+        done.set()
+        thread.join()
+    assert found == {expected}
 
 
 def test_reason_names_the_users_line() -> None:
