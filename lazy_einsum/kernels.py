@@ -434,10 +434,33 @@ class _Writer:
     def finish(self, value: int, wanted: tuple[str, ...], strides: Strides | None) -> int:
         """Arrange the result, and copy it where its strides will not do."""
         if _is_finished(self.layouts[value], wanted, strides, self.sizes):
-            return self.arrange(value, wanted)
+            return self.arrange_exactly(value, wanted, strides) if strides is not None else self.arrange(value, wanted)
         order = _order(wanted, strides, self.sizes)
         value = self.contiguous(self.arrange(value, order))
         return value if order == wanted else self.arrange(value, wanted)
+
+    def arrange_exactly(self, value: int, wanted: tuple[str, ...], strides: Strides) -> int:
+        """Make the dimensions those that are wanted, those of size 1 with the strides asked for where a view has them:
+        in which order torch.einsum lays out its result depends on these.
+        """
+        layout = self.layouts[value]
+        if not strides.exact or layout.dims == wanted or all(wanted):
+            return self.arrange(value, wanted)
+        own, labels = label_strides(layout, self.sizes), layout.labels
+        # A new dimension gets the stride that its inner neighbour would have if that were one longer.
+        steps = [own[label] * self.sizes[label] for label in labels] + [own[labels[-1]] if labels else 1]
+        before: list[list[int]] = [[] for _ in steps]
+        for number in (number for number, dim in enumerate(wanted) if not dim):
+            place = next((place for place, step in enumerate(steps) if step == strides.stride[number]), None)
+            if place is None:
+                return self.arrange(value, wanted)
+            before[place].append(number)
+        order = [number for label, new in zip(labels, before) for number in (*new, wanted.index(label))] + before[-1]
+        split = tuple(wanted[number] for number in order)
+        if split != layout.dims:
+            value = self.reshape(value, split)
+        places = tuple(map(order.index, range(len(wanted))))
+        return value if places == tuple(range(len(wanted))) else self.permute(value, places)
 
     def program(self, value: int, seconds: float) -> Program:
         """The program whose result is ``value``, the last one."""

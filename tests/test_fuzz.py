@@ -51,7 +51,9 @@ def test_random_programs(chunk: tuple[Profile, int, int]) -> None:
     _check_all(chunk)
 
 
-@pytest.mark.parametrize(("profile", "seed"), [(SHARING, 40547)], ids=lambda value: getattr(value, "name", value))
+@pytest.mark.parametrize(
+    ("profile", "seed"), [(SHARING, 40547), (EVERYTHING, 10111)], ids=lambda value: getattr(value, "name", value)
+)
 def test_programs_that_once_went_wrong(profile: Profile, seed: int) -> None:
     assert (failure := check_against("lazy_einsum", generate(seed, profile))) is None, str(failure)
 

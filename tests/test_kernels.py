@@ -216,6 +216,29 @@ def test_intermediates_are_laid_out_for_their_use(equation: str, shapes: list[tu
     assert all(10 * elements < largest for elements in copied)
 
 
+@pytest.mark.parametrize(
+    ("equation", "shapes"),
+    [
+        ("MP,Im->IPmM", [(4, 4), (1, 4)]),
+        ("MP,Im->PIMm", [(4, 5), (1, 3)]),
+        ("ab,bc->ca", [(4, 5), (5, 1)]),
+        ("abc,cd->dab", [(2, 1, 3), (3, 4)]),
+        ("ab,cd->bdac", [(4, 1), (1, 3)]),
+    ],
+)
+def test_dimensions_of_size_one_have_the_strides_of_eager_where_code_may_see_them(
+    equation: str, shapes: list[tuple[int, ...]]
+) -> None:
+    # torch.einsum lays out its results by the strides of its operands, those of dimensions of size 1 too.
+    operands = [torch.randn(shape) for shape in shapes]
+    expected = torch.einsum(equation, *operands)
+    spec = EinsumSpec.parse(equation, [x.dim() for x in operands])
+    program = lower(spec, [TensorType.of(x) for x in operands], Strides(expected.stride()))
+    result = run(program, operands)
+    assert result.stride() == expected.stride()
+    torch.testing.assert_close(result, expected)
+
+
 def test_single_operands_without_a_sum_are_views() -> None:
     for _, row in ROWS:
         if not parse(row).is_view_only:
