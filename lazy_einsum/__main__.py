@@ -19,7 +19,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     calibrate = commands.add_parser("calibrate", help="measure this machine for the cost model")
     calibrate.add_argument("file", nargs="?", default="machine.json", help="what to write (default: machine.json)")
     calibrate.add_argument(
-        "--samples", type=int, default=2000, help="calls of torch to time (default: 2000, half a minute)"
+        "--samples", type=_samples, default=2000, help="calls of torch to time (default: 2000, a minute)"
     )
     calibrate.set_defaults(run=_calibrate)
     options = parser.parse_args(arguments)
@@ -29,6 +29,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+def _samples(text: str) -> int:
+    least = 5
+    if not text.isdigit() or int(text) < least:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of at least {least}: some of each kind are needed")
+    return int(text)
 
 
 def _calibrate(options: argparse.Namespace) -> None:
@@ -41,7 +48,7 @@ def _calibrate(options: argparse.Namespace) -> None:
     for group in GROUPS:
         own = [sample for sample in samples if sample.group == group]
         print(f"  {group:8} {misfit(cost.CPU, own):.2f} before, {misfit(found, own):.2f} now")
-    print(f"To plan for this machine: export LAZY_EINSUM_MACHINE={options.file}")
+    print(f"To plan for this machine: export LAZY_EINSUM_MACHINE={Path(options.file).absolute()}")
 
 
 if __name__ == "__main__":

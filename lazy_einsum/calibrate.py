@@ -49,7 +49,7 @@ class Sample(NamedTuple):
         return math.log(self.seconds / self.model(machine))
 
 
-def measure(count: int = 400, seed: int = 0) -> Iterator[Sample]:
+def measure(count: int = 2000, seed: int = 0) -> Iterator[Sample]:
     """Time calls of random sizes on one thread, one by one.
 
     Args:

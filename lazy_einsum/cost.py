@@ -107,7 +107,7 @@ class Machine:
         Raises:
             MachineFileError: there is no such file, or something else in it.
         """
-        remedy = "write it anew with `python -m lazy_einsum calibrate`, or unset LAZY_EINSUM_MACHINE"
+        remedy = "unset LAZY_EINSUM_MACHINE, then write the file anew with `python -m lazy_einsum calibrate`"
         try:
             with open(path, encoding="utf-8") as file:
                 given = json.load(file)

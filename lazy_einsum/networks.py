@@ -114,17 +114,16 @@ def einsum_seconds(
     return make_plan(spec.canonical(), shapes, optimize, limit, frozen=frozen).seconds
 
 
-def pays(after: float, before: float, least: float) -> bool:
+# Where calls are rewritten: the part of their time, and the seconds, that it has to gain at least.
+_GAIN, LEAST = 0.2, 5e-6
+
+
+def pays(after: float, before: float, least: float = LEAST) -> bool:
     """Whether calls are to be rewritten that take ``before`` by the cost model, and then ``after``: only where that is
     clearly less, by so many seconds at ``least``. The model knows sizes alone, and not the views that direct calls
     need; what is left as it was written runs as it did.
     """
     return after < before * (1 - _GAIN) and after < before - least
-
-
-_GAIN = 0.2
-# Seconds that joining a network has to gain at least.
-_LEAST = 5e-6
 
 
 def _is_matrix_product(spec: EinsumSpec) -> bool:
@@ -219,7 +218,7 @@ class Networks:
             return False
         if memory_limit is not None and any(known.numel * known.dtype.itemsize > memory_limit for known in results[1:]):
             return True
-        return pays(plan.seconds, self.seconds(root), _LEAST)
+        return pays(plan.seconds, self.seconds(root))
 
     def plan(self, spec: EinsumSpec, operands: Sequence[fx.Node], memory_limit: int | None) -> Plan | None:
         """The best order of an einsum; ``None`` where an operand is of unknown type, or no order keeps the limit of

@@ -413,8 +413,9 @@ def plan_conditions(
 ) -> Iterator[str]:
     """Where the contraction orders chosen for the symbols' examples are good ones, as conditions on single symbols.
 
-    Looked for at a thousand times the examples and at a thousandth, and only where they are not good there in steps of
-    a factor of 4 around the examples: one symbol at a time, or all together where ``conditions`` tie one to others.
+    Orders that are good at a thousand times the examples (or at a thousandth) and halfway there are taken to be so in
+    between; else they are looked at in steps of a factor of 4. One symbol varies at a time, or all together where
+    ``conditions`` tie one to others.
     """
     networks = []
     frozen = frozen_values(graph)
@@ -434,7 +435,7 @@ def plan_conditions(
                 if any(scope[name] < 2 for name in names) or not all(_holds(text, scope) for text in conditions):
                     break
                 scopes.append(scope)
-            if not scopes or _all_good(networks, scopes[-1], options):
+            if all(_all_good(networks, scope, options) for scope in (*scopes[-1:], *scopes[1:-1:2])):
                 continue
             end = next((scope for scope in scopes[:-1] if not _all_good(networks, scope, options)), scopes[-1])
             yield f"{names[0]} {relation} {end[names[0]]}"

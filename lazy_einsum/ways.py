@@ -74,7 +74,7 @@ class Way(NamedTuple):
         result: what comes out.
         seconds: modelled time of all of it.
         strides: of both operands as the kernel takes them.
-        calls: how many calls make each operand that.
+        calls: how many calls make each operand that, copies apart.
         flips: which operands are copied with the last two groups exchanged, and viewed with them exchanged back.
         copies: which operands are copied to be contiguous in the dimensions that they are viewed as.
     """
@@ -475,7 +475,7 @@ class Slices(NamedTuple):
         strides: their strides.
         own: strides of the labels of each slice.
         copied: whether it is copied.
-        calls: how many calls it takes, a copy apart.
+        calls: how many calls it takes, a copy apart; two slices count as one.
         seconds: what it takes.
     """
 

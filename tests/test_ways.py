@@ -32,32 +32,34 @@ def all_ways(
 ) -> tuple[list[Way], list[Layout]]:
     left, output = equation.split("->")
     layouts = [Layout(tuple(term), x.stride()) for term, x in zip(left.split(","), operands, strict=True)]
-    context = Context(sizes, operands[0].dtype)
+    context = Context(sizes, operands[0].dtype, any(x.requires_grad for x in operands))
     return list(ways(context, *layouts, output, hint or output, ahead)), layouts
 
 
-def program_of(way: Way, layouts: list[Layout], sizes: Sizes, dtype: torch.dtype = torch.float64) -> Program:
+def program_of(way: Way, layouts: list[Layout], sizes: Sizes, operands: list[torch.Tensor]) -> Program:
     writer = _Writer(sizes, 2)
     writer.layouts.update(enumerate(layouts))
     pair = (1, 0) if way.swap else (0, 1)
-    return writer.program(_write_way(writer, Context(sizes, dtype), way, *pair, None), 0.0)
+    context = Context(sizes, operands[0].dtype, any(x.requires_grad for x in operands))
+    return writer.program(_write_way(writer, context, way, *pair, None), 0.0)
 
 
+@pytest.mark.parametrize("follows", [False, True], ids=["", "followed"])
 @pytest.mark.parametrize("sizes", [SMALL, LARGE, LONG], ids=["small", "large", "long"])
-@pytest.mark.parametrize("equation", [*EQUATIONS, "eab,ebc->eac", "eab,abc->ec", "abe,abc->ec"])
-def test_every_way_computes_the_contraction(equation: str, sizes: Sizes) -> None:
+@pytest.mark.parametrize("equation", [*EQUATIONS, "eab,ebc->eac", "eab,abc->ec", "abe,abc->ec", "a,ab->b"])
+def test_every_way_computes_the_contraction(equation: str, sizes: Sizes, follows: bool) -> None:
     if "e" in equation and "e" not in sizes:
         sizes = {**sizes, "e": 7}
     left, output = equation.split("->")
     terms = left.split(",")
     for order in itertools.islice(itertools.permutations(sorted(set(equation) - set(",->"))), 0, None, 3):
-        operands = [laid_out(term, order, sizes) for term in terms]
+        operands = [laid_out(term, order, sizes).requires_grad_(follows) for term in terms]
         expected = torch.einsum(equation, *operands)
         found, layouts = all_ways(equation, operands, sizes, "".join(order), output[:1])
         assert found
         for way in found:
             assert way.seconds > 0
-            program = program_of(way, layouts, sizes)
+            program = program_of(way, layouts, sizes, operands)
             result = run(program, operands)
             assert result.stride() == way.result.strides, way
             own = label_strides(way.result, sizes)
@@ -126,6 +128,23 @@ def test_every_way_can_be_differentiated_twice(equation: str) -> None:
     expected = derivatives(torch.einsum(equation, *operands))
     found, layouts = all_ways(equation, operands, SMALL)
     for way in found:
-        result = run(program_of(way, layouts, SMALL), operands)
+        result = run(program_of(way, layouts, SMALL, operands), operands)
         for gradient, reference in zip(derivatives(result), expected, strict=True):
             torch.testing.assert_close(gradient, reference, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("equation", ["ab,bc->ac", "ab,b->a", "dab,dbc->dac", "a,ab->b"])
+def test_lazily_conjugated_and_expanded_operands(equation: str) -> None:
+    left, _ = equation.split("->")
+    terms = left.split(",")
+    for change in (torch.conj, lambda x: x[..., :1].expand(x.shape), lambda x: x[:1].expand(x.shape)):
+        operands = [laid_out(term, tuple("abcd"), SMALL, torch.complex128) for term in terms]
+        operands[0] = change(operands[0])
+        found, layouts = all_ways(equation, operands, SMALL)
+        for way in found:
+            result = run(program_of(way, layouts, SMALL, operands), operands)
+            own = label_strides(way.result, SMALL)
+            output = equation.split("->")[1]
+            seen = result.as_strided([SMALL[label] for label in output], [own[label] for label in output])
+            seen = seen.conj() if result.is_conj() and not seen.is_conj() else seen
+            torch.testing.assert_close(seen, torch.einsum(equation, *operands), rtol=1e-12, atol=1e-12)

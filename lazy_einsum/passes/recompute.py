@@ -7,15 +7,24 @@ from dataclasses import replace
 
 from torch import fx
 
-from ..graph import copy_graph, facts, fresh_storage, is_einsum, keepers, may_require_grad, stamp, uses
+from ..graph import (
+    MAX_LABELS,
+    copy_graph,
+    facts,
+    fresh_storage,
+    is_einsum,
+    keepers,
+    lead_to_one_end,
+    may_require_grad,
+    stamp,
+    uses,
+)
 from ..networks import Networks, pays
 from ..products import read_product
 from ..saved import Step, Written, save_more
 
 # Users of a product, and products of a graph, that are looked at: planning takes milliseconds for each.
 _USERS, _PRODUCTS = 4, 16
-# Seconds that it has to gain at least.
-_LEAST = 5e-6
 
 
 def recompute(
@@ -41,8 +50,9 @@ def recompute(
 
     ``join_products`` and ``fuse_einsums`` then make ``a @ (b @ v)`` and ``(w @ a) @ b`` of them. A product is copied
     only where all its users are products too, and where the best orders of their networks, with it in each of them,
-    take clearly less time than it and the best orders around it; where autograd follows, only if no more is saved for
-    the backward pass than ``saved_limit`` allows.
+    take clearly less time than it and the best orders around it. Where autograd follows, only if no more is saved for
+    the backward pass than ``saved_limit`` allows, and if the users lead to one result of the graph: to differentiate
+    several that share a product, one after the other, is an error of the user's, which copies would hide.
 
     Requires: exact facts (without them nothing is changed). Float16 and bfloat16 products are not copied.
     Ensures: what is not copied stays as it is, and what is keeps its text.
@@ -58,17 +68,29 @@ def recompute(
         best = copy_graph(graph)
         if reassociate is False:
             return best
-        names = [node.name for node in best.nodes if _has_product_users(node, reassociate)]
-        for name in names[:_PRODUCTS]:
-            before = Networks(best, optimize, reassociate)
+        before: Networks | None = None
+        tried = 0
+        for name in [node.name for node in best.nodes]:
+            node = _find(best, name)
+            if not _has_product_users(node, reassociate):
+                continue
+            before = before or Networks(best, optimize, reassociate)
+            if not _promises(before, node) or tried == _PRODUCTS:
+                continue
+            tried += 1
             other = copy_graph(best)
             copies = _copy(other, name)
             after = Networks(other, optimize, reassociate)
             if _gains(before, after, name, copies, memory_limit, saved_limit):
-                best = other
+                best, before = other, None
         return best
 
     return run
+
+
+def _find(graph: fx.Graph, name: str) -> fx.Node:
+    found: fx.Node = {node.name: node for node in graph.nodes}[name]
+    return found
 
 
 def _has_product_users(node: fx.Node, reassociate: bool | None) -> bool:
@@ -80,9 +102,32 @@ def _has_product_users(node: fx.Node, reassociate: bool | None) -> bool:
     return all(read_product(user, reassociate) is not None for user in node.users)
 
 
+def _promises(networks: Networks, node: fx.Node) -> bool:
+    """Whether a product may be copied, and the networks of its users with it in them take less time than both now."""
+    if node not in networks.own or any(user not in networks.own for user in node.users):
+        return False
+    spec, operands, _ = networks.own[node]
+    if any(networks.writers.part(operands, node, user) for user in node.users):
+        return False
+    if may_require_grad(node) and not lead_to_one_end(node.graph, *node.users):
+        # The backward pass of one result frees what that of another needs: to do so twice is an error.
+        return False
+    before, after = networks.plan_seconds(spec, operands), 0.0
+    for root in networks.roots():
+        whole, leaves = networks.whole[root]
+        if node in leaves:
+            before += networks.plan_seconds(whole, leaves)
+            position = leaves.index(node)
+            inlined = whole.inline(position, spec)
+            if inlined.n_labels > MAX_LABELS:
+                return False
+            after += networks.plan_seconds(inlined, (*leaves[:position], *operands, *leaves[position + 1 :]))
+    return pays(after, before)
+
+
 def _copy(graph: fx.Graph, name: str) -> list[str]:
     """Give each user of a node but the last one a copy; names of the copies."""
-    node = next(node for node in graph.nodes if node.name == name)
+    node = _find(graph, name)
     known = facts(node)
     assert known is not None
     copies = []
@@ -110,23 +155,23 @@ def _gains(
         return False
     there = sum(_seconds(before, root, memory_limit) for root in old)
     here = sum(_seconds(after, root, memory_limit) for root in new)
-    if not pays(here, there, _LEAST):
+    if not pays(here, there):
         return False
     if saved_limit is None or not any(map(may_require_grad, new)):
         return True
     nodes = {node.name: node for node in new[0].graph.nodes}
     written, planned = list(_written(before, old, nodes)), list(_planned(after, new, memory_limit))
     results = {result for *_, result in (*written, *planned)}
-    leaves = {
+    taken = dict.fromkeys(
         nodes[operand.name] for root in old for part in before.parts[root] for operand in before.own[part].operands
-    }
-    leaves -= results
+    )
+    leaves = [operand for operand in taken if operand not in results]
     if not (_is_closed(written, leaves) and _is_closed(planned, leaves)):
         return False
-    return not save_more(saved_limit, written, planned, list(leaves))
+    return not save_more(saved_limit, written, planned, leaves)
 
 
-def _is_closed(steps: list[Step], leaves: set[fx.Node]) -> bool:
+def _is_closed(steps: list[Step], leaves: list[fx.Node]) -> bool:
     """Whether each operand is a leaf or the result of a step before."""
     known: set[object] = set(leaves)
     for _, operands, result in steps:

@@ -61,11 +61,27 @@ def test_each_user_gets_its_own_product():
     assert kernels(two, *ALL) == ["mv"] * 4
 
 
+def summed(a, b, v, w):
+    x, y = two(a, b, v, w)
+    return x + y
+
+
 def test_with_gradients():
     leaves = [x.clone().requires_grad_() for x in ALL]
-    assert kernels(two, *leaves) == ["mv"] * 4
-    # Of the operands alone, in whatever order the results are differentiated.
-    assert kernels(two, *leaves[:2], V, W) == ["mv"] * 4
+    assert kernels(summed, *leaves) == ["mv"] * 4
+    assert kernels(summed, *leaves[:2], V, W) == ["mv"] * 4
+
+
+def test_results_that_may_be_differentiated_one_after_the_other():
+    leaves = [x.clone().requires_grad_() for x in ALL]
+    assert untouched(two, *leaves)
+    # Of these autograd follows what uses the product, and not the product.
+    assert not untouched(two, A, B, *leaves[2:])
+    for model in (two, OptimizedModule(two)):
+        x, y = model(*leaves)
+        x.sum().backward()
+        with pytest.raises(RuntimeError, match="second time"):
+            y.sum().backward()
 
 
 def test_einsums_and_other_products():
@@ -164,6 +180,15 @@ def in_another_mode(a, b, v, w):
     return x, w @ h
 
 
+def hook_between(a, b, v, w):
+    a = a * 1
+    h = a @ b
+    x = h @ v
+    if a.requires_grad:
+        a.register_hook(lambda gradient: gradient * 2)
+    return x + w @ h
+
+
 def many_users(a, b, v, w):
     h = a @ b
     return h @ v, w @ h, h @ w, v @ h, h @ (v + w)
@@ -180,6 +205,26 @@ def test_kept(program):
 
 def test_kept_across_modes():
     assert untouched(in_another_mode, *(x.clone().requires_grad_() for x in ALL))
+
+
+def test_kept_across_hooks():
+    leaves = [x.clone().requires_grad_() for x in ALL]
+    model = OptimizedModule(hook_between, on_untraceable="raise")
+    ours, eager = (torch.autograd.grad(f(*leaves).sum(), leaves) for f in (model, hook_between))
+    torch.testing.assert_close(ours, eager)
+    assert model.code.count(".matmul(") == 3
+
+
+def test_what_gains_nothing_does_not_keep_others_from_it():
+    def program(a, b, v, w):
+        h = a
+        for _ in range(20):
+            k = h @ b
+            h = k @ a + b @ k
+        h = h @ a
+        return h @ v, w @ h
+
+    assert len(kernels(program, *ALL)) == 4
 
 
 def test_hooks_see_the_one_value():
@@ -217,9 +262,9 @@ def test_types_whose_order_is_the_users():
 
 def test_limits():
     leaves = [x.clone().requires_grad_() for x in ALL]
-    assert not untouched(two, *leaves, pass_=recompute(saved_limit=1.1))
+    assert not untouched(summed, *leaves, pass_=recompute(saved_limit=1.1))
     # Of the operands alone this much is saved.
-    assert untouched(two, *leaves, pass_=recompute(saved_limit=0.4))
+    assert untouched(summed, *leaves, pass_=recompute(saved_limit=0.4))
     assert not untouched(two, *ALL, pass_=recompute(saved_limit=0.4))
     assert untouched(two, *ALL, pass_=recompute(memory_limit=8 * (N - 1)))
     assert not untouched(two, *ALL, pass_=recompute(memory_limit=8 * N))
