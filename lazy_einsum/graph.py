@@ -71,6 +71,7 @@ class Facts:
         where: ``file:line`` of the user's code that it comes from, where known.
         steady: whether it gives the same at each call for the same operands: it draws no random numbers, and runs in
             the modes of the whole, autocast among them.
+        is_view: whether the value is a view of another tensor to autograd, where that was asked.
     """
 
     type: TensorType | None = None
@@ -80,6 +81,7 @@ class Facts:
     movable: bool = True
     where: str = ""
     steady: bool = True
+    is_view: bool = True
 
 
 def facts(node: fx.Node) -> Facts | None:

@@ -413,6 +413,7 @@ class Recorder(TorchFunctionMode):
             self._movable,
             user_line(),
             self._steady,
+            tensor._is_view(),
         )
 
     def _track(

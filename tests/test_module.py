@@ -732,3 +732,32 @@ def test_what_forward_keeps(verify: bool) -> None:
     kept = weakref.ref(child.result)
     del found, ours, child.result
     assert kept() is None
+
+
+@pytest.mark.parametrize(
+    "child",
+    [
+        lambda x, y: torch.einsum("ab,cb->ca", x, y) * 2.0,
+        lambda x, y: torch.einsum("ab,cb->ac", x, y) / 3,
+        lambda x, y: torch.einsum("ab,cb->ca", x, y),
+        lambda x, y: torch.einsum("ab,cb,cd->da", x, y, y),
+        lambda x, y: x @ y.T @ (y @ x.T),
+        lambda x, y: torch.einsum("ab->ba", x),
+    ],
+)
+def test_what_no_grad_gave_can_be_added_to_with_gradients(child: Any) -> None:
+    """Autograd refuses to write to views that were made without grad mode: a result is none where eager's is none."""
+    x, y = torch.rand(3, 4), torch.rand(5, 4)
+    outcomes: list[Any] = []
+    for function in (OptimizedModule(child), child):
+        with torch.no_grad():
+            result = function(x.clone(), y.clone())
+        weight = torch.ones(result.shape, requires_grad=True)
+        try:
+            result.add_(weight)
+            outcomes.append(torch.autograd.grad(result.sum(), weight))
+        except RuntimeError:
+            outcomes.append("refused")
+    ours, eager = outcomes
+    if eager != "refused":
+        assert ours != "refused" and torch.equal(ours[0], eager[0])

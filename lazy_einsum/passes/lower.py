@@ -44,6 +44,7 @@ _DTYPES = frozenset(
 
 # Views that cost a call and hold no memory of their own.
 _VIEWS = frozenset({"permute", "unsqueeze", "expand", "diagonal", "transpose"})
+_MAY_VIEW = _VIEWS | {"reshape"}
 # Longer chains become several trees: reading one is recursive.
 _DEPTH = 64
 
@@ -140,12 +141,15 @@ class _Tree:
         return self.step.spec.is_view_only and self.factor == ONE
 
 
-def _written_without_grad(node: fx.Node, writers: Writers) -> bool:
-    """Whether ``node`` runs without grad mode and its value is written later: in grad mode autograd refuses such a
-    write to a view, and direct calls may end in one where ``torch.einsum`` does not.
+def _must_be_no_view(node: fx.Node, writers: Writers) -> bool:
+    """Whether ``node`` runs without grad mode and its value is written later, or may be as it leaves the graph: in grad
+    mode autograd refuses such a write to a view, and direct calls may end in one where the user's code does not.
     """
     known = facts(node)
-    return known is not None and not known.grad and writers.spoil_any([node], node)
+    if known is None or known.type is None or known.grad or known.type.is_inference:
+        return False
+    leaves = not known.is_view and any(user.op == "output" for user in node.users)
+    return leaves or writers.spoil_any([node], node)
 
 
 class _Reader:
@@ -291,8 +295,8 @@ class _Write(NamedTuple):
             if not tree.is_view and any(entering.is_conj for entering in types):
                 # ``dot`` of two lazily conjugated vectors gives a lazily conjugated result, torch.einsum does not.
                 result = stamp(graph.call_method("resolve_conj", (result,)), inside)
-            if not tree.is_view and _written_without_grad(root, self.writers):
-                result = stamp(graph.call_method("clone", (result,)), inside)
+            if not tree.is_view and program.calls[-1].target in _MAY_VIEW and _must_be_no_view(root, self.writers):
+                result = stamp(graph.call_method("detach", (result,)), inside)
         result.meta = dict(root.meta)
         stamp(result, replace(known, type=replace(known.type, stride=program.stride)))
         root.replace_all_uses_with(result)
