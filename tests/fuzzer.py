@@ -1373,6 +1373,11 @@ class Failure:
     call: Call
     problems: tuple[str, ...]
 
+    @property
+    def only_fell_back(self) -> bool:
+        """Whether all was right, but not optimized."""
+        return all(problem.startswith("warned: ") and " runs as it is, " in problem for problem in self.problems)
+
     def __str__(self) -> str:
         problems = "; ".join(self.problems)
         about = f"program {self.program.seed}: call {self.call.name}: {problems}"
@@ -1538,19 +1543,23 @@ def check(
     expected_module, module = program.build(), program.build()
     wrapped = wrap(module)
     done: list[Call] = []  # since the modules were new
+    fallen: Failure | None = None
     for call in calls_of(program) if calls is None else calls:
         theirs = _call(program, expected_module, expected_module, call)
         ours = _call(program, wrapped, module, call)
         done.append(call)
         problems = _problems(program, done, ours, theirs, values_only)
         if problems:
-            return Failure(program, call, tuple(problems))
+            failure = Failure(program, call, tuple(problems))
+            if not failure.only_fell_back:
+                return failure
+            fallen = fallen or failure
         if theirs.error is not None:
             # How far each came before the error is nobody's promise: the next call finds modules as new.
             expected_module, module = program.build(), program.build()
             wrapped = wrap(module)
             done = []
-    return None
+    return fallen
 
 
 def _problems(

@@ -43,7 +43,10 @@ def _check_all(chunk: tuple[Profile, int, int]) -> None:
     profile, start, count = chunk
     failures = [check_against("lazy_einsum", generate(seed, profile)) for seed in range(start, start + count)]
     found = [failure for failure in failures if failure is not None]
-    assert not found, f"{len(found)} of {count} programs differ from eager; the first:\n{found[0]}"
+    wrong = [failure for failure in found if not failure.only_fell_back]
+    assert not wrong, f"{len(wrong)} of {count} programs differ from eager; the first:\n{wrong[0]}"
+    # What may be refused is rare in them.
+    assert len(found) <= 0.02 * count, f"{len(found)} of {count} programs fall back; the first:\n{found[0]}"
 
 
 @pytest.mark.parametrize("chunk", QUICK, ids=_label)
