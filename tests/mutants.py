@@ -163,7 +163,7 @@ MUTANTS = [
     _one(
         "the factor of a lowered network is dropped",
         "passes/lower.py",
-        "leaves, strides, number)",
+        "leaves, strides, _scale(tree, types))",
         "leaves, strides, None)",
         "pure",
     ),
