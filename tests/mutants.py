@@ -114,7 +114,11 @@ MUTANTS = [
     _one(
         "a region without gradients is lost when its factors cancel",
         "passes/fuse_scalars.py",
-        "may_require_grad(value.core) == may_require_grad(node)",
+        # (Each of two lines stands for most of the other.)
+        "may_require_grad(value.core) == may_require_grad(node)\n"
+        "            # What came of a region without grad may say that it requires some because of a later write to it."
+        "\n"
+        "            same_type = same_type and (known.grad or not may_require_grad(value.core))",
         "True",
         "effects",
     ),
