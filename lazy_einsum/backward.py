@@ -23,9 +23,6 @@ from .layout import (
 )
 from .ways import Way, copy_seconds, is_matrix, matrix_view, walk_order_seconds
 
-_ITEM = 4e-6
-"""Seconds of each product of a batch whose matrices are not contiguous along any dimension."""
-
 _CALL = 2 * cost.CPU.launch
 """Seconds of one node of the backward pass: autograd's own work, and a call of torch."""
 
@@ -76,7 +73,7 @@ def arrival_seconds(way: Way, gradient: Layout, sizes: Sizes) -> float:
         batch = product(groups[0], sizes) if len(groups) == 3 else 1
         small = batch > 1 and work < batch * cost.CPU.small_products
         if batch > 1 and not small and found is not None and not is_matrix(groups, found, sizes):
-            return batch * _ITEM
+            return batch * cost.CPU.item
         return matrix_view(gradient, groups, strides, sizes, small).seconds
     own = label_strides(way.result, sizes)
     order = memory_order(way.result.labels, own)

@@ -40,6 +40,7 @@ class Machine:
         loop_strided: seconds per multiply-add of such a loop.
         loop_contiguous: the same where both operands are contiguous in the summed label.
         matrix: seconds per matrix of a batched product that is not small.
+        item: the same where the matrices are contiguous along no dimension: they are multiplied one by one.
         vector: seconds per multiply-add of a batched product of vectors with matrices.
         column: the same of matrices with vectors.
         cached_rate: bytes per second while all operands fit into ``cache``.
@@ -78,6 +79,7 @@ class Machine:
     loop_strided: float = 0.56e-9
     loop_contiguous: float = 0.17e-9
     matrix: float = 52e-9
+    item: float = 4e-6
     vector: float = 0.064e-9
     column: float = 0.75e-9
     cached_rate: float = 170e9

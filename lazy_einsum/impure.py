@@ -59,7 +59,8 @@ _CODE: dict[types.CodeType, str] = {
     torch.random.initial_seed.__code__: "asks for the seed",
     torch.random.get_rng_state.__code__: "asks for the state of torch's random generator",
 }
-_PYTHON_GENERATOR: Any = random.random.__self__  # type: ignore[attr-defined]
+# (Where somebody has replaced the function, nothing is this object.)
+_PYTHON_GENERATOR: Any = getattr(random.random, "__self__", object())
 _TORCH = os.path.join(os.path.dirname(os.path.abspath(torch.__file__)), "")
 _MODULES = os.path.join(_TORCH, "nn", "")  # which only call what is the user's
 # Around functions that torch.compile is to leave alone.

@@ -32,7 +32,7 @@ from .layout import (
     split_dims,
 )
 from .plan import Contraction, Plan
-from .program import Call, Program, Value
+from .program import ITEM, Call, Program, Value
 from .signature import TensorType
 from .spec import EinsumSpec
 from .ways import (
@@ -415,7 +415,7 @@ class _Writer:
         layout = self.layouts[value]
         inner = Layout(layout.dims[1:], layout.strides[1:])
         together = self.call("unbind", value, 0, layout=layout)
-        return [self.call("__getitem__", together, place, layout=inner) for place in range(count)]
+        return [self.call(ITEM, together, place, layout=inner) for place in range(count)]
 
     def scaled(self, value: int, scale: complex | None) -> int:
         """Multiply by a number."""

@@ -129,10 +129,7 @@ def memory_of(operands: Sequence[fx.Node]) -> tuple[int, ...]:
 
 
 # Where the operands of a call are of which autograd saves each for the gradient of the other.
-_PRODUCTS = {
-    **dict.fromkeys(("mul", "bmm", "mm", "mv", "dot"), (0, 1)),
-    **dict.fromkeys(("addmm", "baddbmm"), (1, 2)),
-}
+_PRODUCTS = {**dict.fromkeys(("mul", "bmm", "mm", "mv", "dot"), (0, 1)), **dict.fromkeys(("addmm", "baddbmm"), (1, 2))}
 
 
 class Tape:

@@ -413,9 +413,9 @@ def plan_conditions(
 ) -> Iterator[str]:
     """Where the contraction orders chosen for the symbols' examples are good ones, as conditions on single symbols.
 
-    Orders that are good at a thousand times the examples (or at a thousandth) and halfway there are taken to be so in
-    between; else they are looked at in steps of a factor of 4. One symbol varies at a time, or all together where
-    ``conditions`` tie one to others.
+    Looked for in steps of a factor of 4 around the examples, five at most. Orders that are good after every other step
+    and after the last are taken to be so after all. One symbol varies at a time, or all together where ``conditions``
+    tie one to others.
     """
     networks = []
     frozen = frozen_values(graph)

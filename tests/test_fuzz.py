@@ -8,6 +8,7 @@ from behaviour import Rounding, value_difference
 from fuzzer import (
     EFFECTS,
     EVERYTHING,
+    FIRST,
     HOOKS,
     KEYS,
     PREDECESSOR,
@@ -15,6 +16,7 @@ from fuzzer import (
     PROFILES,
     PURE,
     SHARING,
+    Failure,
     Profile,
     check_against,
     generate,
@@ -59,6 +61,13 @@ def test_random_programs(chunk: tuple[Profile, int, int]) -> None:
 )
 def test_programs_that_once_went_wrong(profile: Profile, seed: int) -> None:
     assert (failure := check_against("lazy_einsum", generate(seed, profile))) is None, str(failure)
+
+
+def test_what_fell_back_is_told_from_what_is_wrong() -> None:
+    fell = "warned: Program runs as it is, not optimized: forward prints"
+    wrong = "result 0 differs"
+    for problems, expected in (((fell,), True), ((wrong,), False), ((fell, wrong), False), (("warned: other",), False)):
+        assert Failure(generate(0), FIRST, problems).only_fell_back == expected
 
 
 @pytest.mark.slow

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -454,3 +456,19 @@ def test_symbolic_sizes_multiply_and_compare_as_expressions() -> None:
     assert str(math.prod([2, a, b, a])) == "2*a**2*b" and int(math.prod([2, a, b, a])) == 432
     assert hash(a) == hash(6) and len({a, b, 6}) == 3
     assert a < 7 and max(a, 1) is a and type(a // 2) is int and type(a + 1) is int
+
+
+def test_torch_export_is_not_imported() -> None:
+    # It takes 130 ms; torch looks in it for files that are not the user's.
+    program = """
+import sys, torch
+from lazy_einsum import OptimizedModule
+
+model = OptimizedModule(lambda x, y: torch.einsum("ij,jk,kl->il", x, y, y))
+for size in (5, 7, 9):
+    model(torch.rand(size, 4), torch.rand(4, 4))
+assert any(entry.is_generic for entry in model.specializations.values())
+print("torch.export._trace" in sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"

@@ -20,6 +20,7 @@ from ..graph import (
     uses,
 )
 from ..networks import Networks, pays
+from ..plan import Plan
 from ..products import read_product
 from ..saved import Step, Written, save_more
 
@@ -69,9 +70,9 @@ def recompute(
         if reassociate is False:
             return best
         before: Networks | None = None
-        tried = 0
-        for name in [node.name for node in best.nodes]:
-            node = _find(best, name)
+        nodes, tried = _by_name(best), 0
+        for name in list(nodes):
+            node = nodes[name]
             if not _has_product_users(node, reassociate):
                 continue
             before = before or Networks(best, optimize, reassociate)
@@ -82,15 +83,14 @@ def recompute(
             copies = _copy(other, name)
             after = Networks(other, optimize, reassociate)
             if _gains(before, after, name, copies, memory_limit, saved_limit):
-                best, before = other, None
+                best, nodes, before = other, _by_name(other), None
         return best
 
     return run
 
 
-def _find(graph: fx.Graph, name: str) -> fx.Node:
-    found: fx.Node = {node.name: node for node in graph.nodes}[name]
-    return found
+def _by_name(graph: fx.Graph) -> dict[str, fx.Node]:
+    return {node.name: node for node in graph.nodes}
 
 
 def _has_product_users(node: fx.Node, reassociate: bool | None) -> bool:
@@ -127,7 +127,7 @@ def _promises(networks: Networks, node: fx.Node) -> bool:
 
 def _copy(graph: fx.Graph, name: str) -> list[str]:
     """Give each user of a node but the last one a copy; names of the copies."""
-    node = _find(graph, name)
+    node = _by_name(graph)[name]
     known = facts(node)
     assert known is not None
     copies = []
@@ -159,7 +159,7 @@ def _gains(
         return False
     if saved_limit is None or not any(map(may_require_grad, new)):
         return True
-    nodes = {node.name: node for node in new[0].graph.nodes}
+    nodes = _by_name(new[0].graph)
     written, planned = list(_written(before, old, nodes)), list(_planned(after, new, memory_limit))
     results = {result for *_, result in (*written, *planned)}
     taken = dict.fromkeys(
@@ -209,12 +209,15 @@ def _planned(networks: Networks, roots: list[fx.Node], memory_limit: int | None)
     """The best orders of networks."""
     for root in roots:
         spec, operands = networks.whole[root]
-        plan = networks.plan(spec, operands, memory_limit) if len(operands) > 1 else None
-        yield plan or Written.plain(spec), list(operands), root
+        yield _plan(networks, root, memory_limit) or Written.plain(spec), list(operands), root
 
 
 def _seconds(networks: Networks, root: fx.Node, memory_limit: int | None) -> float:
     """What a network takes: as it is written, or in the best order."""
-    spec, operands = networks.whole[root]
-    plan = networks.plan(spec, operands, memory_limit) if len(operands) > 1 else None
+    plan = _plan(networks, root, memory_limit)
     return min(networks.seconds(root), plan.seconds) if plan is not None else networks.seconds(root)
+
+
+def _plan(networks: Networks, root: fx.Node, memory_limit: int | None) -> Plan | None:
+    spec, operands = networks.whole[root]
+    return networks.plan(spec, operands, memory_limit) if len(operands) > 1 else None
