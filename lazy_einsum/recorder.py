@@ -164,6 +164,8 @@ class Recorder(TorchFunctionMode):
         self._guessed_layout = False
         self._copies = Copies()
         self._unsure_copies: set[int] = set()
+        #: Results of einsums that are views in eager, where their fakes are none.
+        self._views: set[int] = set()
         self.failure: UntraceableError | None = None
         self.shadows = Shadows(self._fake_state, self._live_call, is_leaf)
         self._closures = Closures(
@@ -413,7 +415,7 @@ class Recorder(TorchFunctionMode):
             self._movable,
             user_line(),
             self._steady,
-            tensor._is_view(),
+            tensor._is_view() or id(tensor) in self._views,
         )
 
     def _track(
@@ -695,8 +697,16 @@ class Recorder(TorchFunctionMode):
         empty = {id(operand): empty_meta(operand) for operand in operands}
         layouts = EagerStrides() if any(1 in operand.shape for operand in operands) else nullcontext()  # type: ignore[no-untyped-call]
         with ambient_module.no_modes(), torch.no_grad(), layouts:
-            known = TensorType.of(torch.einsum(*with_tensors(args, empty)))
-        return multilinear(replace(known, device=operands[0].device), operands)
+            example = torch.einsum(*with_tensors(args, empty))
+        known = replace(TensorType.of(example), device=operands[0].device)
+        return self._einsum_result(known, operands, example)
+
+    def _einsum_result(self, known: TensorType, operands: list[torch.Tensor], example: torch.Tensor) -> torch.Tensor:
+        """The fake result of an einsum, of which ``example`` is what torch made of tensors without data."""
+        result = multilinear(known, operands)
+        if example._is_view():
+            self._views.add(id(result))
+        return result
 
     def _generic_einsum(self, args: tuple[Any, ...], operands: list[torch.Tensor]) -> torch.Tensor | None:
         """The fake result of an einsum of symbolic sizes. (torch's own evaluation would compare sizes to plan, and that
@@ -736,7 +746,7 @@ class Recorder(TorchFunctionMode):
         dense = contiguous_strides([shape[dim] for dim in order])
         stride = tuple(dense[order.index(dim)] for dim in range(len(shape)))
         known_type = replace(known_type, shape=tuple(shape), stride=stride, device=operands[0].device)
-        return multilinear(known_type, operands)
+        return self._einsum_result(known_type, operands, example)
 
     def _write_switch(self, function: Callable[..., Any], *args: Any) -> None:
         self._stamp_effect(self.graph.call_function(function, args), user_line())

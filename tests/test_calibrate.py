@@ -18,13 +18,16 @@ from lazy_einsum.calibrate import GROUPS, Sample, fit, measure, misfit
 
 
 def test_what_is_measured() -> None:
-    threads = torch.get_num_threads()
+    before = torch.get_num_threads()
+    threads = 2
+    torch.set_num_threads(threads)
     samples = list(measure(10))
     assert {sample.group for sample in samples} == set(GROUPS)
     assert all(0 < sample.seconds < 1 and 0 < sample.model(cost.CPU) < 1 for sample in samples)
     assert [sample.name for sample in samples] == [sample.name for sample in measure(10)]
     assert [sample.name for sample in samples] != [sample.name for sample in measure(10, seed=1)]
     assert torch.get_num_threads() == threads
+    torch.set_num_threads(before)
 
 
 def test_the_fit_finds_the_machine_that_was_measured() -> None:
@@ -96,9 +99,15 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
     assert "MachineFileError: no machine can be read from" in told.stderr
 
 
-def test_errors_of_the_command_line_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_errors_of_the_command_line_are_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Before anything is measured.
+    monkeypatch.setattr("lazy_einsum.__main__.measure", lambda count: pytest.fail("measured"))
     assert main(["calibrate", str(tmp_path / "no" / "folder.json"), "--samples", "5"]) == 2
     assert capsys.readouterr().err.count("\n") == 1
-    with pytest.raises(SystemExit) as caught:
-        main(["calibrate", "--samples", "many"])
-    assert caught.value.code == 2
+    for wrong in ("many", "4", "-5"):
+        with pytest.raises(SystemExit) as caught:
+            main(["calibrate", "--samples", wrong])
+        assert caught.value.code == 2
+    assert "at least 5" in capsys.readouterr().err

@@ -458,6 +458,20 @@ def test_symbolic_sizes_multiply_and_compare_as_expressions() -> None:
     assert a < 7 and max(a, 1) is a and type(a // 2) is int and type(a + 1) is int
 
 
+@pytest.mark.parametrize("bad", [7 * 4**2, 7 * 4**4, 7 * 4**5])
+def test_orders_are_looked_at_within_their_range_too(bad: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lazy_einsum.specialize._is_good", lambda network, path, scope, options: scope["s0"] != bad)
+    model = OptimizedModule(lambda x, y: torch.einsum("ij,jk,kl->il", x, y, y))
+    y = torch.rand(4, 4)
+    for size in (5, 6, 7):
+        model(torch.rand(size, 4), y)
+    misses = model.cache_info().misses
+    model(torch.rand(bad - 1, 4), y)
+    assert model.cache_info().misses == misses
+    model(torch.rand(bad, 4), y)
+    assert model.cache_info().misses == misses + 1
+
+
 def test_torch_export_is_not_imported() -> None:
     # It takes 130 ms; torch looks in it for files that are not the user's.
     program = """

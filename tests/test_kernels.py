@@ -294,6 +294,22 @@ def test_operands_are_expanded_over_a_batch_under_autograd_where_they_are_small(
     assert ("expand" in targets(program_of("efbad,cf->abcde", operands))) == expands
 
 
+def test_sums_that_are_written_out_are_added_apart_under_autograd() -> None:
+    # The gradients of ``addcmul`` take twice the calls of those of ``mul``.
+    operands = [torch.randn(2, 2000), torch.randn(2, 2, 2000)]
+    assert "addcmul_" in targets(program_of("ab,acb->bc", operands))
+    operands[0].requires_grad_()
+    found = targets(program_of("ab,acb->bc", operands))
+    assert "add_" in found and "addcmul_" not in found
+
+
+def test_a_product_is_laid_out_for_the_sum_after_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    operands = [torch.empty(2400, 16, 3), torch.empty(2400, 3), torch.empty(3, 3, 3), torch.empty(2400, 16)]
+    seconds = program_of("eui,ej,ijk,eu->euk", operands).seconds
+    monkeypatch.setattr("lazy_einsum.ways._summed_first", lambda order, ahead: ())
+    assert seconds < 0.9 * program_of("eui,ej,ijk,eu->euk", operands).seconds
+
+
 def test_a_label_inside_a_merged_dimension_can_be_summed() -> None:
     # Not from a plan of ours, which sums such a label earlier; a chain of einsums that stays as written has it.
     spec = EinsumSpec.parse("abx,xcd,be->ce", [3, 3, 2])

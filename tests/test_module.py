@@ -735,29 +735,51 @@ def test_what_forward_keeps(verify: bool) -> None:
 
 
 @pytest.mark.parametrize(
-    "child",
+    ("child", "shapes", "detaches"),
     [
-        lambda x, y: torch.einsum("ab,cb->ca", x, y) * 2.0,
-        lambda x, y: torch.einsum("ab,cb->ac", x, y) / 3,
-        lambda x, y: torch.einsum("ab,cb->ca", x, y),
-        lambda x, y: torch.einsum("ab,cb,cd->da", x, y, y),
-        lambda x, y: x @ y.T @ (y @ x.T),
-        lambda x, y: torch.einsum("ab->ba", x),
+        # Direct calls end in a view; eager's do, or not.
+        (lambda x, y: torch.einsum("zab,bc->zac", x, y) * 2.0, [(3, 30, 4), (4, 50)], True),
+        (lambda x, y: torch.einsum("a,b->ba", x, y), [(3,), (4,)], None),
+        (lambda x, y: torch.einsum("zab,bc->cza", x, y), [(3, 30, 4), (4, 50)], False),
+        (lambda x, y, z: torch.einsum("zij,zjk,zk->zi", x, y, z), [(10, 4, 5), (10, 5, 8), (10, 8)], False),
+        (lambda x, y: torch.einsum("ab,cb->ca", x, y), [(3, 4), (5, 4)], False),
+        (lambda x: torch.einsum("ab->ba", x), [(3, 4)], False),
     ],
 )
-def test_what_no_grad_gave_can_be_added_to_with_gradients(child: Any) -> None:
+def test_what_no_grad_gave_can_be_added_to_with_gradients(
+    child: Any, shapes: list[tuple[int, ...]], detaches: bool | None
+) -> None:
     """Autograd refuses to write to views that were made without grad mode: a result is none where eager's is none."""
-    x, y = torch.rand(3, 4), torch.rand(5, 4)
-    outcomes: list[Any] = []
-    for function in (OptimizedModule(child), child):
+    operands = [torch.rand(shape) for shape in shapes]
+    model = OptimizedModule(child)
+    with torch.no_grad():
+        ours, eager = model(*operands), child(*operands)
+    assert ours._is_view() <= eager._is_view()
+    if detaches is not None:
+        assert ("detach" in model.code) == detaches
+    if not eager._is_view():
+        weight = torch.ones(ours.shape, requires_grad=True)
+        ours.add_(weight)
+        assert torch.equal(torch.autograd.grad(ours.sum(), weight)[0], weight)
+
+
+@pytest.mark.parametrize(
+    ("function", "shapes"),
+    [
+        (lambda a, b: torch.einsum("ab,cd->dbac", a, b), [(3, 4), (5, 6)]),
+        (lambda x, a, b: x @ (a @ b), [(3, 2, 128), (128, 128), (128, 128)]),
+    ],
+)
+def test_what_forward_makes_without_gradients_can_be_added_to_with_them(
+    function: Any, shapes: list[tuple[int, ...]]
+) -> None:
+    def child(weight: Tensor, *operands: Tensor) -> Tensor:
         with torch.no_grad():
-            result = function(x.clone(), y.clone())
-        weight = torch.ones(result.shape, requires_grad=True)
-        try:
-            result.add_(weight)
-            outcomes.append(torch.autograd.grad(result.sum(), weight))
-        except RuntimeError:
-            outcomes.append("refused")
-    ours, eager = outcomes
-    if eager != "refused":
-        assert ours != "refused" and torch.equal(ours[0], eager[0])
+            result = function(*operands)
+        return result.add_(weight) * 2
+
+    operands = [torch.rand(shape) for shape in shapes]
+    weight = torch.rand_like(function(*operands)).requires_grad_()
+    model = OptimizedModule(child, on_untraceable="raise")
+    torch.testing.assert_close(model(weight, *operands), child(weight, *operands))
+    assert torch.equal(torch.autograd.grad(model(weight, *operands).sum(), weight)[0], torch.full_like(weight, 2))

@@ -76,6 +76,17 @@ def test_all_kinds_are_among_them() -> None:
     assert kinds == {"product", "multiply", "multiply and sum", "loop"}
 
 
+def test_a_product_that_broadcasts_may_lie_as_the_next_sum_wants() -> None:
+    sizes = {"a": 30, "b": 3, "c": 4, "d": 5}
+    operands = [laid_out(term, tuple("adbc"), sizes) for term in ("adb", "ac")]
+
+    def orders(ahead: str) -> set[str]:
+        return {"".join(way.result.dims) for way in all_ways("adb,ac->adbc", operands, sizes, ahead=ahead)[0]}
+
+    # What is summed next first, and the long dimensions last.
+    assert "bcad" in orders("bc") - orders("")
+
+
 def _has_loop(equation: str, sizes: Sizes, dtype: torch.dtype = torch.float64) -> bool:
     plain = {label: int(size) for label, size in sizes.items()}
     operands = [laid_out(term, tuple("abcd"), plain, torch.float64).to(dtype) for term in equation[:-4].split(",")]
@@ -104,6 +115,8 @@ def test_what_is_a_matrix_to_the_library() -> None:
         (("a", "b", "c"), (2000, 1, 40), True),
         (("a", "b", "c"), (1, 1500, 30), False),
         (("a", "b", "c"), (50, 1500, 1), True),
+        (("a", "b", "c"), (2000, 0, 1), False),
+        (("a", "b", "c"), (2000, 1, 0), False),
         (("a", "", "c"), (1, 1, 30), False),
         (("a", "", "c"), (50, 50, 1), True),
         (("a", "b", ""), (1, 30, 1), False),

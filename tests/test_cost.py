@@ -1,0 +1,46 @@
+"""What the cost model has to know for the choices that measurements call for."""
+
+from __future__ import annotations
+
+import torch
+
+from lazy_einsum.backward import arrival_seconds
+from lazy_einsum.cost import CPU, pair_seconds, product_seconds, sum_seconds, walk_seconds
+from lazy_einsum.layout import contiguous_layout, label_strides
+from lazy_einsum.ways import Context, copy_seconds, ways
+
+
+def test_few_columns_are_dear_and_few_rows_are_not() -> None:
+    # (38,400 by 9 with 9 by 3: 360 us; 3 by 9 with 9 by 38,400: 57.)
+    assert product_seconds(1, 38400, 3, 9) > 4 * product_seconds(1, 3, 38400, 9)
+    # (20,000 rows over k = 9, of 11, 12, 16 columns: 290, 100, 80 us.)
+    eleven, twelve, sixteen = (product_seconds(1, 20000, n, 9) for n in (11, 12, 16))
+    assert eleven > 2 * twelve > 2 * sixteen
+
+
+def test_outer_products_take_a_view() -> None:
+    assert pair_seconds(1, 8, 8, 1) >= pair_seconds(1, 1, 64, 1) + 0.9 * CPU.launch
+
+
+def test_sums_of_few_elements_each_are_dear() -> None:
+    # (80,000 sums of 10 neighbours: 266 us; of 2, in runs of 128 results: 71 us for 128,000.)
+    assert sum_seconds(800_000, 80_000, 1) > 2 * sum_seconds(800_000, 80_000, 80_000)
+    assert sum_seconds(800_000, 80_000, 1) < 500e-6
+    assert sum_seconds(256_000, 128_000, 64) > 1.5 * sum_seconds(256_000, 128_000, 128_000)
+
+
+def test_strides_that_fall_on_the_same_places_of_the_cache() -> None:
+    def copy(stride: int) -> float:
+        return walk_seconds(1_000_000, 500, 1, stride, 2000, 8_000_000)
+
+    assert copy(512) > 2 * copy(500) > copy(1)
+
+
+def test_gradients_that_come_across_are_dear() -> None:
+    sizes = {"a": 128, "b": 10, "c": 64, "d": 10}
+    one, two = (contiguous_layout(tuple(term), sizes) for term in ("abc", "acd"))
+    across = contiguous_layout(tuple("cbda"), sizes)
+    for way in ways(Context(sizes, torch.float32), one, two, "abcd", "abcd"):
+        if way.result == contiguous_layout(tuple("abcd"), sizes):
+            once = copy_seconds("abcd", label_strides(across, sizes), sizes)
+            assert arrival_seconds(way, across, sizes) > 2 * once
