@@ -167,7 +167,7 @@ MUTANTS = [
     _one(
         "the factor of a lowered network is dropped",
         "passes/lower.py",
-        "leaves, strides, _scale(tree, types))",
+        "leaves, strides, scale)",
         "leaves, strides, None)",
         "pure",
     ),

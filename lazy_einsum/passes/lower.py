@@ -32,7 +32,6 @@ from ..plan import Contraction, Plan
 from ..program import ITEM, Call, Program, Value
 from ..saved import SAVED, followed_types, lower_saving, memory_of
 from ..scalars import ONE, Factor, Tensors, dtype_of, read_linear, tensors
-from ..signature import TensorType
 from ..spec import EinsumSpec, fresh_symbols
 
 # Sums of narrower integers change their dtype in torch.einsum, or not, by rules of its own; they are rare, and stay its
@@ -288,7 +287,9 @@ class _Write(NamedTuple):
         assert known is not None
         assert known.type is not None
         types = [entering for leaf in leaves if (entering := type_of(leaf))]
-        program = self.program(tree, _plan(tree), leaves, strides, _scale(tree, types))
+        # A factor of 1.0 is none: it was taken in only where it changes neither the type nor whose memory the result is.
+        scale = None if tree.factor.value == 1 else tree.factor.number
+        program = self.program(tree, _plan(tree), leaves, strides, scale)
         inside = replace(known, type=None, storage=next(self.storages), writes=())
         with graph.inserting_before(root):
             result = self.calls(graph, program, leaves, inside)
@@ -331,17 +332,6 @@ class _Write(NamedTuple):
                 self.views[key] = value
             values.append(value)
         return values[-1]
-
-
-def _scale(tree: _Tree, types: Sequence[TensorType]) -> complex | None:
-    """The number that a tree's result is multiplied by. A factor of 1 is none where it changes neither type nor memory:
-    the result of a contraction is fresh.
-    """
-    factor, dtype = tree.factor, types[0].dtype
-    keeps_type = dtype.is_complex or (dtype.is_floating_point and factor.kind is not complex)
-    if factor == ONE or (factor.value == 1 and keeps_type and len(types) > 1):
-        return None
-    return factor.number
 
 
 def _call(graph: fx.Graph, call: Call, args: tuple[Any, ...]) -> fx.Node:

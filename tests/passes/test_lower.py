@@ -104,6 +104,8 @@ def test_a_factor_of_one_is_none_where_it_changes_nothing():
     # A result that would be a view of its operand is a copy of it; integers become floats, reals complex.
     for program, operands in (
         (lambda x: einsum("ij->ji", x) * 1.0, [tensor(3, 4)]),
+        (lambda x: einsum("ij->ji", x * 0.5) * 2.0, [tensor(3, 4)]),
+        (lambda x: einsum("ij->i", x) * 1.0, [tensor(3, 4)]),
         (lambda x, y: product(x, y) * 1.0, [torch.ones(3, 4, dtype=torch.int64), torch.ones(4, 5, dtype=torch.int64)]),
         (lambda x, y: product(x, y) * 1j / 1j, [tensor(3, 4), tensor(4, 5)]),
     ):
