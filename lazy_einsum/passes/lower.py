@@ -287,7 +287,7 @@ class _Write(NamedTuple):
         assert known is not None
         assert known.type is not None
         types = [entering for leaf in leaves if (entering := type_of(leaf))]
-        # A factor of 1.0 is none: it was taken in only where it changes neither the type nor whose memory the result is.
+        # A factor of 1.0 is none: it was taken in only where it changes neither the type nor whose memory that is.
         scale = None if tree.factor.value == 1 else tree.factor.number
         program = self.program(tree, _plan(tree), leaves, strides, scale)
         inside = replace(known, type=None, storage=next(self.storages), writes=())
