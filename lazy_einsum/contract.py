@@ -10,8 +10,8 @@ from typing import Any, TypeVar
 import torch
 from torch.overrides import handle_torch_function, has_torch_function
 
+from .blocks import lower_in_blocks
 from .errors import EquationError
-from .kernels import lower_plan
 from .layout import Strides
 from .plan import make_plan
 from .program import compile_program
@@ -148,7 +148,7 @@ def _prepare(
     text = equation if isinstance(equation, str) and equation.isascii() else str(spec.canonical())
     strides = Strides.contiguous(spec.output_shape(shapes)) if _eager_is_contiguous(text, spec, types) else None
     if limit is None:
-        return compile_program(lower_plan(plan, types, strides))
+        return compile_program(lower_in_blocks(plan, types, strides))
     return compile_program(lower_saving(plan, types, memory, limit.elements, strides))
 
 

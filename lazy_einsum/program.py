@@ -1,4 +1,4 @@
-"""``Program``: calls of tensor methods as data; run call by call, or compiled to a Python function."""
+"""``Program``: calls on tensors as data; run call by call, or compiled to a Python function."""
 
 from __future__ import annotations
 
@@ -12,6 +12,9 @@ import torch
 ITEM = "__getitem__"
 """The call that takes one of several tensors, which another call gives."""
 
+CAT = "cat"
+"""The call that joins tensors: its arguments are these, then the dimension. Not a method of any of them."""
+
 
 @dataclass(frozen=True, slots=True)
 class Value:
@@ -21,10 +24,10 @@ class Value:
 
 
 class Call(NamedTuple):
-    """A call of a method of ``Tensor``.
+    """A call of a method of ``Tensor``, or one of those above.
 
     Attributes:
-        target: name of the method.
+        target: name of the method, or ``ITEM`` or ``CAT``.
         args: its arguments, the tensor itself first; a ``Value`` stands for a tensor.
         kwargs: keyword arguments.
     """
@@ -70,7 +73,12 @@ class Program:
             receiver, *args = [f"v{arg.number}" if isinstance(arg, Value) else repr(arg) for arg in call.args]
             args += [f"{name}={value!r}" for name, value in call.kwargs]
             result = "return" if final else f"v{self.n_operands + place} ="
-            taken = f"{receiver}[{args[0]}]" if call.target == ITEM else f"{receiver}.{call.target}({', '.join(args)})"
+            if call.target == ITEM:
+                taken = f"{receiver}[{args[0]}]"
+            elif call.target == CAT:
+                taken = f"torch.cat([{', '.join((receiver, *args[:-1]))}], {args[-1]})"
+            else:
+                taken = f"{receiver}.{call.target}({', '.join(args)})"
             lines.append(f"    {result} {taken}")
             # An intermediate that lives until the function returns would add to its peak of memory.
             dead = [f"v{number}" for number, last in last_use.items() if last == place and number >= self.n_operands]
@@ -87,8 +95,11 @@ def run(program: Program, operands: Sequence[torch.Tensor]) -> torch.Tensor:
     """
     values = list(operands)
     for target, args, kwargs in program.calls:
-        receiver, *rest = [values[arg.number] if isinstance(arg, Value) else arg for arg in args]
-        values.append(getattr(receiver, target)(*rest, **dict(kwargs)))
+        given: list[Any] = [values[arg.number] if isinstance(arg, Value) else arg for arg in args]
+        if target == CAT:
+            values.append(torch.cat(given[:-1], given[-1]))
+        else:
+            values.append(getattr(given[0], target)(*given[1:], **dict(kwargs)))
     return values[-1]
 
 

@@ -43,6 +43,7 @@ RANKS = {
     "saved": 5,
     "program": 3,
     "kernels": 4,
+    "blocks": 4.5,
     "graph": 3,
     "products": 4,
     "frozen": 4,

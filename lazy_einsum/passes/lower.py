@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import fx
 
+from ..blocks import lower_in_blocks
 from ..graph import (
     Facts,
     Numbers,
@@ -26,10 +27,9 @@ from ..graph import (
     type_of,
     uses,
 )
-from ..kernels import lower_plan
 from ..layout import Strides
 from ..plan import Contraction, Plan
-from ..program import ITEM, Call, Program, Value
+from ..program import CAT, ITEM, Call, Program, Value
 from ..saved import SAVED, followed_types, lower_saving, memory_of
 from ..scalars import ONE, Factor, Tensors, dtype_of, read_linear, tensors
 from ..spec import EinsumSpec, fresh_symbols
@@ -314,7 +314,7 @@ class _Write(NamedTuple):
         limits = [known[1] for node in tree.nodes if (known := node.meta.get(SAVED)) and known[0] == len(leaves)]
         followed = followed_types(tree.root, leaves)
         if not limits or followed is None:
-            return lower_plan(plan, types if followed is None else followed, strides, scale)
+            return lower_in_blocks(plan, types if followed is None else followed, strides, scale)
         return lower_saving(plan, followed, memory_of(leaves), limits[0], strides, scale)
 
     def calls(self, graph: fx.Graph, program: Program, leaves: Sequence[fx.Node], inside: Facts) -> fx.Node:
@@ -337,6 +337,9 @@ class _Write(NamedTuple):
 def _call(graph: fx.Graph, call: Call, args: tuple[Any, ...]) -> fx.Node:
     if call.target == ITEM:
         return graph.call_function(operator.getitem, args)
+    if call.target == CAT:
+        *joined, dim = args
+        return graph.call_function(torch.cat, (joined, dim))
     return graph.call_method(call.target, args, dict(call.kwargs))
 
 
