@@ -18,7 +18,6 @@ from .layout import (
     inner_size,
     label_strides,
     memory_order,
-    product,
     shape_of,
 )
 from .ways import Way, copy_seconds, is_matrix, matrix_view, walk_order_seconds
@@ -69,8 +68,8 @@ def arrival_seconds(way: Way, gradient: Layout, sizes: Sizes) -> float:
     if way.kind == "product":
         groups = way.result.dims
         found = group_strides(groups, strides, sizes)
-        work = product("".join(dict.fromkeys("".join((*way.first, *way.second)))), sizes)
-        batch = product(groups[0], sizes) if len(groups) == 3 else 1
+        work = sizes["".join(dict.fromkeys("".join((*way.first, *way.second))))]
+        batch = sizes[groups[0]] if len(groups) == 3 else 1
         small = batch > 1 and work < batch * cost.CPU.small_products
         if batch > 1 and not small and found is not None and not is_matrix(groups, found, sizes):
             return batch * cost.CPU.item
@@ -113,7 +112,7 @@ def _of_product(way: Way, follows: tuple[bool, bool], sizes: Sizes) -> tuple[flo
         groups = tuple(reversed(matrix)) if turned[side] else (batch, *matrix)
         seconds += cost.product_seconds(*(turned_products if turned[side] else straight_products)[side]) + _CALL
         if expanded[side]:
-            groups, elements = matrix, product("".join(matrix), sizes)
+            groups, elements = matrix, sizes["".join(matrix)]
             seconds += cost.sum_seconds(b * elements, elements, elements)
         gradients[side] = contiguous_layout(tuple(group for group in groups if group), sizes)
     return seconds, (gradients[0], gradients[1])
@@ -125,7 +124,7 @@ def _of_loop(way: Way, follows: tuple[bool, bool], sizes: Sizes) -> tuple[float,
     groups = way.first[1:], way.second[1:]
     slices = way._replace(kind="multiply", first=groups[0], second=groups[1], over="", strides=inner)
     once, gradients = _of_multiply(slices, follows, sizes)
-    terms = product(way.over, sizes)
+    terms = sizes[way.over]
     seconds = terms * (once + any(follows) * _CALL)
     stacked: list[Layout | None] = [None, None]
     for place, gradient in enumerate(gradients):
@@ -150,7 +149,7 @@ def _of_multiply(way: Way, follows: tuple[bool, bool], sizes: Sizes) -> tuple[fl
         {group: stride for group, stride in zip(groups, strides, strict=True) if group}
         for groups, strides in zip((way.first, way.second), way.strides, strict=True)
     ]
-    elements = product(order, sizes)
+    elements = sizes[order]
     seconds = 0.0
     gradients: list[Layout | None] = [None, None]
     for place in (0, 1):
@@ -164,6 +163,6 @@ def _of_multiply(way: Way, follows: tuple[bool, bool], sizes: Sizes) -> tuple[fl
         # A sum is contiguous, whatever the order of what is summed.
         kept = tuple(label for label in walked if label in labels)
         inner = inner_size(order, "".join(label for label in order if label not in labels), sizes)
-        seconds += cost.sum_seconds(elements, product("".join(kept), sizes), inner)
+        seconds += cost.sum_seconds(elements, sizes["".join(kept)], inner)
         gradients[place] = contiguous_layout(kept, sizes)
     return seconds, (gradients[0], gradients[1])

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from . import cost
 from .cost import Machine
-from .layout import memory_order
+from .layout import Sizes, memory_order
 from .ways import walk_order_seconds
 
 GROUPS = ("product", "walk", "sum")
@@ -149,7 +149,7 @@ def _walk(draw: random.Random) -> Sample:
         f"{'copy' if len(terms) == 1 else 'multiply'} {sizes} strides {strides}",
         "walk",
         _seconds(call),
-        lambda machine: walk_order_seconds(order, strides, sizes, machine),
+        lambda machine: walk_order_seconds(order, strides, Sizes(sizes), machine),
     )
 
 

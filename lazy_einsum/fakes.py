@@ -220,7 +220,7 @@ def with_eager_strides(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any],
     if not isinstance(result, torch.Tensor) or result.layout is not torch.strided:
         return result
     if _is_iterated(func):
-        operands = list(_operands(func, args, kwargs))
+        operands = tuple(_operands(func, args, kwargs))
         if not all(map(_is_exact, operands)):
             # Of symbolic sizes the rule would ask which is larger.
             return result

@@ -128,7 +128,7 @@ def fresh_storage(graph: fx.Graph) -> int:
 
 def fresh_type(operand: TensorType) -> TensorType:
     """The type of a new tensor that an elementwise call makes of ``operand``."""
-    stride = elementwise_strides(operand.shape, [(operand.shape, operand.stride)])
+    stride = elementwise_strides(operand.shape, ((operand.shape, operand.stride),))
     return TensorType(
         operand.shape, operand.dtype, operand.device, stride, operand.requires_grad, is_leaf=not operand.requires_grad
     )

@@ -26,7 +26,6 @@ from .layout import (
     is_contiguous,
     label_strides,
     permutation_of,
-    product,
     reordered_dims,
     shape_of,
     split_dims,
@@ -110,7 +109,7 @@ def _lower(
     scale: complex | None,
     saved_price: float = 0.0,
 ) -> Program:
-    sizes = spec.sizes([type_.shape for type_ in types])
+    sizes = Sizes(spec.sizes([type_.shape for type_ in types]))
     if len(types) == 1:
         return _lower_single(spec, types[0], sizes, strides, scale)
     wanted = tuple(label if sizes[label] != 1 else "" for label in spec.output)
@@ -182,7 +181,7 @@ class _Saving(NamedTuple):
     def copies(self, context: Context, layout: Layout) -> list[_Choice]:
         """A copy of an operand, to be saved in place of one that lies in more memory than it has elements."""
         sizes = context.sizes
-        if _span(layout, sizes) <= product(layout.labels, sizes):
+        if _span(layout, sizes) <= sizes[layout.labels]:
             return []
         seconds = cost.CPU.launch + copy_seconds(layout.labels, label_strides(layout, sizes), sizes)
         return [_Choice(contiguous_layout(layout.dims, sizes), seconds)]
@@ -207,7 +206,7 @@ class _Saving(NamedTuple):
                 elements += _span(layout, sizes)
             else:
                 # Memory of an operand may be saved for another step anyway, that of a copy is not.
-                elements += product(layout.labels, sizes) * (1 + is_given)
+                elements += sizes[layout.labels] * (1 + is_given)
         return self.price * elements
 
 
@@ -230,11 +229,12 @@ def _choose(
     choices = [[_Choice(layout, 0.0), *(saving.copies(context, layout) if saving else ())] for layout in operands]
     follows = list(follows)
     sizes = context.sizes
-    keep = next(kept for limit, kept in _LAYOUTS if len(steps) <= limit)
+    most = next(kept for limit, kept in _LAYOUTS if len(steps) <= limit)
     hints = _hints(steps, operands, _order(wanted, strides, sizes))
     consumers = _consumers(steps)
     for number, step in enumerate(steps):
         last = number == len(steps) - 1
+        keep = 1 if last else most
         # Results that lie in memory alike are the same to the consumer, whatever the order of their dimensions.
         best: dict[tuple[tuple[str, int], ...], _Choice] = {}
         left, right = step.operands
@@ -242,38 +242,41 @@ def _choose(
         ahead = consumer.spec.summed if consumer is not None else ""
         followed = follows[left], follows[right]
         follows.append(any(followed))
+        arrivals: dict[tuple[int, int, Layout], float] = {}
+        # What takes longer than this is not kept: how much longer need not be known.
+        limit = math.inf
         for i, a in enumerate(choices[left]):
             for j, b in enumerate(choices[right]):
                 one, two, spent = after_sums(context, a.layout, b.layout, step.spec.output)
                 spent += a.seconds + b.seconds
-                arrivals: dict[tuple[int, Layout], float] = {}
                 for way in ways(context, one, two, step.spec.output, hints[number], ahead):
                     total = spent + way.seconds
-                    if any(followed):
+                    if total <= limit and any(followed):
                         seconds, gradients = backward(way, followed, sizes)
                         total += seconds
                         for side, gradient in enumerate(gradients):
                             inner = (a, b)[side].way
                             if gradient is None or inner is None:
                                 continue
-                            key = side, gradient
+                            key = side, (i, j)[side], gradient
                             if key not in arrivals:
                                 arrivals[key] = arrival_seconds(inner, gradient, sizes)
                             total += arrivals[key]
-                    if saving:
+                    if total <= limit and saving:
                         given = [
                             (summed, number < len(operands) and summed is choice.layout and not index, follows[number])
                             for number, index, choice, summed in ((left, i, a, one), (right, j, b, two))
                         ]
                         total += saving.seconds(context, way, given)
-                    if last:
+                    if total <= limit and last:
                         total += _finish_seconds(context, way, wanted, strides, any(followed))
                     place = tuple(sorted(label_strides(way.result, sizes).items()))
                     known = best.get(place)
                     if known is None or total < known.seconds:
                         best[place] = _Choice(way.result, total, way, (i, j))
-        ranked = sorted(best.values(), key=lambda choice: choice.seconds)
-        choices.append(ranked[: 1 if last else keep])
+                if len(best) >= keep:
+                    limit = sorted([choice.seconds for choice in best.values()])[keep - 1]
+        choices.append(sorted(best.values(), key=lambda choice: choice.seconds)[:keep])
     return choices
 
 
@@ -421,7 +424,7 @@ class _Writer:
         """Multiply by a number."""
         layout = self.layouts[value]
         shape = shape_of(layout.dims, self.sizes)
-        strides = elementwise_strides(shape, [(shape, layout.strides)])
+        strides = elementwise_strides(shape, ((shape, layout.strides),))
         return self.call("mul", value, scale, layout=Layout(layout.dims, strides))
 
     def contiguous(self, value: int) -> int:
@@ -490,7 +493,7 @@ def _lower_single(
     if scale is not None:
         value = writer.scaled(writer.arrange(value, wanted), scale)
     value = writer.finish(value, wanted, strides)
-    before, after = math.prod(type_.shape), product(spec.output, sizes)
+    before, after = math.prod(type_.shape), sizes[spec.output]
     return writer.program(value, cost.sum_seconds(before, after, after) if spec.summed else cost.CPU.launch)
 
 
@@ -573,7 +576,7 @@ def _write_way(writer: _Writer, context: Context, way: Way, x: int, y: int, alph
 
 
 def _write_loop(writer: _Writer, way: Way, x: int, y: int, follows: bool) -> int:
-    terms = product(way.over, writer.sizes)
+    terms = writer.sizes[way.over]
     (first, *others) = zip(writer.slices(x, terms), writer.slices(y, terms), strict=True)
     value = writer.call("mul", first[0], Value(first[1]), layout=way.result)
     for left, right in others:
@@ -593,7 +596,7 @@ def _product_layout(x: Layout, y: Layout, sizes: Sizes) -> Layout:
         one or two
         for one, two in zip(("",) * (rank - len(x.dims)) + x.dims, ("",) * (rank - len(y.dims)) + y.dims, strict=True)
     )
-    described = [(shape_of(layout.dims, sizes), layout.strides) for layout in (x, y)]
+    described = tuple((shape_of(layout.dims, sizes), layout.strides) for layout in (x, y))
     return Layout(dims, elementwise_strides(shape_of(dims, sizes), described))
 
 
@@ -619,7 +622,7 @@ def _place_of_factor(
     """The value of a plan with the fewest elements, the last of those, if they are few, else a matrix product: its
     ``alpha`` is free. The result, where the factor's type or the range of a narrow type forbids another place.
     """
-    counts = [product(operand.layout.labels, context.sizes) for operand in operands] + [step.size for step in steps]
+    counts = [context.sizes[operand.layout.labels] for operand in operands] + [step.size for step in steps]
     integer = not (context.dtype.is_floating_point or context.dtype.is_complex)
     promotes = (isinstance(scale, complex) and not context.dtype.is_complex) or (isinstance(scale, float) and integer)
     if promotes or context.dtype in NARROW or context.dtype is torch.bool:

@@ -5,12 +5,26 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 from .signature import contiguous_strides
 
-Sizes = Mapping[str, int]
-"""Size of each label. Dimensions of size 1 have no label."""
+
+class Sizes(dict[str, int]):
+    """Size of each label, and of labels merged into one dimension: the product of theirs, remembered once asked for.
+    Dimensions of size 1 have no label.
+
+    >>> sizes = Sizes(a=2, b=3)
+    >>> sizes["ab"], sizes[""]
+    (6, 1)
+    """
+
+    def __missing__(self, labels: str) -> int:
+        if len(labels) == 1:
+            raise KeyError(labels)
+        size = self[labels] = math.prod([self[label] for label in labels])
+        return size
 
 
 class Layout(NamedTuple):
@@ -33,14 +47,9 @@ class Layout(NamedTuple):
         return "".join(self.dims)
 
 
-def product(labels: str, sizes: Sizes) -> int:
-    """Product of the sizes of labels."""
-    return math.prod([sizes[label] for label in labels])
-
-
 def shape_of(dims: Sequence[str], sizes: Sizes) -> tuple[int, ...]:
-    """Sizes of dimensions given as merged labels."""
-    return tuple([product(dim, sizes) for dim in dims])
+    """Sizes of dimensions."""
+    return tuple([sizes[dim] for dim in dims])
 
 
 def contiguous_layout(dims: Sequence[str], sizes: Sizes) -> Layout:
@@ -162,9 +171,11 @@ def reuse_distance(order: str, strides: Mapping[str, int], sizes: Sizes) -> int:
     """
     distance = 1
     for label in reversed(order):
-        if strides[label] == 1:
+        stride = strides.get(label)
+        if stride == 1:
             break
-        distance *= sizes[label]
+        if stride is not None:
+            distance *= sizes[label]
     return distance
 
 
@@ -193,20 +204,21 @@ def merged_loops(order: str, tensors: Sequence[Mapping[str, int]], sizes: Sizes)
     >>> merged_loops("abc", [{"a": 12, "b": 4, "c": 1}, {"b": 4, "c": 1}], {"a": 2, "b": 3, "c": 4})
     [2, 12]
     """
-    loops: list[int] = []
-    previous = ""
-    for label in order:
-        size = sizes[label]
-        if previous and all(strides.get(previous, 0) == strides.get(label, 0) * size for strides in tensors):
-            loops[-1] *= size
+    loops = [sizes[label] for label in order[:1]]
+    for outer, inner in itertools.pairwise(order):
+        size = sizes[inner]
+        for strides in tensors:
+            if strides.get(outer, 0) != strides.get(inner, 0) * size:
+                loops.append(size)
+                break
         else:
-            loops.append(size)
-        previous = label
+            loops[-1] *= size
     return loops
 
 
+@lru_cache(maxsize=2**12)
 def elementwise_strides(
-    shape: tuple[int, ...], operands: Sequence[tuple[tuple[int, ...], tuple[int, ...]]]
+    shape: tuple[int, ...], operands: tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]
 ) -> tuple[int, ...]:
     """Strides that torch gives the fresh result of an elementwise function.
 
@@ -217,7 +229,7 @@ def elementwise_strides(
         shape: shape of the result.
         operands: shape and strides of each operand, in the order of the call; a number among them is one of shape ().
 
-    >>> elementwise_strides((2, 3), [((2, 3), (1, 2)), ((2, 3), (3, 1))])
+    >>> elementwise_strides((2, 3), (((2, 3), (1, 2)), ((2, 3), (3, 1))))
     (1, 2)
     """
     if all(op_shape == shape for op_shape, _ in operands):
@@ -286,10 +298,10 @@ def count_calls(layout: Layout, groups: tuple[str, ...]) -> int:
     """How many calls it takes to make the dimensions these groups: a reshape, a permutation, a reshape, or fewer."""
     if layout.dims == groups:
         return 0
-    if permutation_of(layout.dims, groups) is not None or layout.labels == "".join(groups):
+    if sorted(layout.dims) == sorted(groups) or layout.labels == "".join(groups):
         return 1
     middle = split_dims(layout.dims, groups)
-    return (middle != layout.dims) + 1 + (tuple(group for group in reordered_dims(middle, groups)) != groups)
+    return (middle != layout.dims) + 1 + (reordered_dims(middle, groups) != groups)
 
 
 def permutation_of(dims: tuple[str, ...], groups: tuple[str, ...]) -> tuple[int, ...] | None:
@@ -322,4 +334,4 @@ def split_dims(dims: tuple[str, ...], groups: tuple[str, ...]) -> tuple[str, ...
 def reordered_dims(dims: tuple[str, ...], groups: tuple[str, ...]) -> tuple[str, ...]:
     """The dimensions in the order of the groups' labels, those of size 1 last."""
     order = "".join(groups)
-    return tuple(sorted((dim for dim in dims if dim), key=order.find)) + tuple(dim for dim in dims if not dim)
+    return (*sorted(filter(None, dims), key=order.find), *("",) * dims.count(""))

@@ -12,7 +12,7 @@ from .cost import sum_seconds
 from .errors import MemoryLimitError
 from .frozen import frozen_values
 from .graph import MAX_LABELS, Writers, is_einsum, same_mode, type_of, uses
-from .layout import inner_size
+from .layout import Sizes, inner_size
 from .plan import Plan, make_plan, order_seconds
 from .products import Product, is_permutation, read_product
 from .spec import EinsumSpec
@@ -91,7 +91,7 @@ def _single_seconds(spec: EinsumSpec, shape: Sequence[int]) -> float:
     (term,) = spec.inputs
     results = math.prod(spec.output_shape([shape]))
     elements = math.prod(spec.sizes([shape]).values())
-    inner = inner_size(term, spec.summed, spec.sizes([shape]))
+    inner = inner_size(term, spec.summed, Sizes(spec.sizes([shape])))
     return 0.0 if elements == results else sum_seconds(elements, results, inner)
 
 

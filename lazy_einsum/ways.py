@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -21,7 +22,6 @@ from .layout import (
     label_strides,
     memory_order,
     merged_loops,
-    product,
     reuse_distance,
     shape_of,
 )
@@ -46,18 +46,22 @@ _SUMMABLE = frozenset(
 )
 
 
-class Context(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Context:
     """What all steps of a lowering share.
 
     Attributes:
         sizes: size of each label.
         dtype: of the operands.
         follows: autograd follows an operand.
+        views: what ``matrix_view`` gave for operands so far: most are seen again, beside other layouts of the other
+            operand or of the result.
     """
 
     sizes: Sizes
     dtype: torch.dtype
     follows: bool = False
+    views: dict[tuple[Layout, tuple[str, ...], bool], Matrix] = field(default_factory=dict)
 
 
 class Way(NamedTuple):
@@ -106,12 +110,12 @@ def after_sums(context: Context, a: Layout, b: Layout, output: str) -> tuple[Lay
     for one, two in ((a, b), (b, a)):
         lone = lone_labels(one, two, output)
         if lone:
-            before = product(one.labels, sizes)
+            before = sizes[one.labels]
             split = split_for_sum(one.dims, lone)
             spent += cost.CPU.launch * (split != one.dims)
             inner = inner_size("".join(split), lone, sizes)
             one = summed_layout(split, lone, sizes)
-            spent += cost.sum_seconds(before, product(one.labels, sizes), inner)
+            spent += cost.sum_seconds(before, sizes[one.labels], inner)
         results.append(one)
     return results[0], results[1], spent
 
@@ -172,7 +176,7 @@ def ways(context: Context, a: Layout, b: Layout, output: str, hint: str, ahead: 
                 for row in row_orders:
                     for column in column_orders:
                         yield _product_way(context, swap, x, y, sx, sy, order, row, column, along)
-                        if not order and 1 < product(row, sizes) < THIN and sx[along[-1]] != 1:
+                        if not order and 1 < sizes[row] < THIN and sx[along[-1]] != 1:
                             yield _product_way(context, swap, x, y, sx, sy, "", row, column, along, copy_first=True)
         if not batch and context.dtype is not torch.bool:
             yield from _loop_ways(context, swap, x, y, sx, sy, m, n, sums)
@@ -227,7 +231,7 @@ def _product_way(
     copy_first: bool = False,
 ) -> Way:
     sizes = context.sizes
-    b, m, n, k = (product(group, sizes) for group in (batch + loop, rows, columns, summed))
+    b, m, n, k = (sizes[group] for group in (batch + loop, rows, columns, summed))
     # torch.einsum makes all its matrix products by bmm, which refuses bool in another way than mm and dot.
     batched = bool(batch or loop) or context.dtype is torch.bool
     naive = batched and m * n * k < cost.CPU.small_products
@@ -240,7 +244,7 @@ def _product_way(
         dims = (batch + loop, *dims)
         first = first if loop and expand_first else (batch + loop, *first)
         second = second if loop and not expand_first else (batch + loop, *second)
-    left, right = matrix_view(x, first, sx, sizes, naive), matrix_view(y, second, sy, sizes, naive)
+    left, right = _matrix(context, x, first, sx, naive), _matrix(context, y, second, sy, naive)
     if copy_first:
         # Few rows are cheap to bring into the order in which their product is fast.
         launches = cost.CPU.launch * (1 + count_calls(x, first))
@@ -274,6 +278,15 @@ class Matrix(NamedTuple):
     calls: int
     flip: bool = False
     copy: bool = False
+
+
+def _matrix(context: Context, layout: Layout, groups: tuple[str, ...], strides: dict[str, int], naive: bool) -> Matrix:
+    """``matrix_view``, once for each."""
+    key = layout, groups, naive
+    found = context.views.get(key)
+    if found is None:
+        found = context.views[key] = matrix_view(layout, groups, strides, context.sizes, naive)
+    return found
 
 
 def matrix_view(layout: Layout, groups: tuple[str, ...], strides: dict[str, int], sizes: Sizes, naive: bool) -> Matrix:
@@ -320,22 +333,30 @@ def walk_order_seconds(
     order: str, tensors: Sequence[Mapping[str, int]], sizes: Sizes, machine: cost.Machine = cost.CPU
 ) -> float:
     """Time of an elementwise call that walks the labels of these tensors, the result among them, in this order."""
-    loops = merged_loops(order, tensors, sizes) or [1]
-    elements = math.prod(loops)
-    tile = max(math.prod(loops[-2:]), 1)
+    loops = merged_loops(order, tensors, sizes)
     stride, distance, n_elements = 1, 1, 0
     for strides in tensors:
-        own = "".join(label for label in order if label in strides)
-        n_elements += product(own, sizes)
-        distance = max(distance, reuse_distance(own, strides, sizes))
+        n_elements += sizes["".join(strides)]
+        distance = max(distance, reuse_distance(order, strides, sizes))
         stride = max(stride, strides.get(order[-1], 1)) if order else 1
-    rows = elements // max(loops[-1], 1)
-    return cost.walk_seconds(elements, rows, elements // tile, stride, distance, cost.ITEM * n_elements, machine)
+    return _loops_seconds(loops, stride, distance, n_elements, machine)
 
 
-def copy_seconds(order: str, strides: dict[str, int], sizes: Sizes) -> float:
+def copy_seconds(order: str, strides: Mapping[str, int], sizes: Sizes) -> float:
     """Time to copy a tensor so that it is contiguous when its labels are walked in this order."""
-    return walk_order_seconds(order, (strides, label_strides(contiguous_layout(tuple(order), sizes), sizes)), sizes)
+    # What is written lies in the order of the walk, and stands in the way of no merging.
+    loops = merged_loops(order, (strides,), sizes)
+    stride = max(strides[order[-1]], 1) if order else 1
+    return _loops_seconds(loops, stride, reuse_distance(order, strides, sizes), 2 * math.prod(loops))
+
+
+def _loops_seconds(
+    loops: Sequence[int], stride: int, distance: int, n_elements: int, machine: cost.Machine = cost.CPU
+) -> float:
+    elements = math.prod(loops)
+    tile = math.prod(loops[-2:])
+    rows = elements // (loops[-1] or 1) if loops else 1
+    return cost.walk_seconds(elements, rows, elements // (tile or 1), stride, distance, cost.ITEM * n_elements, machine)
 
 
 def _multiply_ways(
@@ -355,8 +376,8 @@ def _multiply_ways(
         *_summed_first(in_a + columns, ahead),
         *_summed_first(in_b + rows, ahead),
     )
-    counts = product(a.labels, sizes), product(b.labels, sizes)
-    elements = product(orders[0], sizes)
+    counts = sizes[a.labels], sizes[b.labels]
+    elements = sizes[orders[0]]
     for order in orders:
         first, second = _aligned(order, a), _aligned(order, b)
         calls = count_calls(a, first), count_calls(b, second)
@@ -416,12 +437,12 @@ def _summed_first(order: str, ahead: str) -> tuple[str, ...]:
 
 
 def _group_strides(groups: tuple[str, ...], strides: dict[str, int]) -> tuple[int, ...]:
-    return tuple(strides[group] if group else 1 for group in groups)
+    return tuple([strides[group] if group else 1 for group in groups])
 
 
 def _is_short(summed: str, sizes: Sizes) -> bool:
     """Whether a sum is written out term by term: the code holds for these sizes only."""
-    return 1 < product(summed, sizes) <= SHORT and not any(is_symbolic(sizes[label]) for label in summed)
+    return 1 < sizes[summed] <= SHORT and not any(is_symbolic(sizes[label]) for label in summed)
 
 
 def _loop_sum_ways(
@@ -446,12 +467,12 @@ def _loop_sum_ways(
         columns + common + rows,
         *_summed_first(in_a + columns, ahead),
     )
-    terms = product(summed, sizes)
-    whole = product(orders[0], sizes)
+    terms = sizes[summed]
+    whole = sizes[orders[0]]
     for order in orders:
         sides = [_slices(order, summed, *operand, sizes) for operand in ((a, sa), (b, sb))]
         # The operand that has more of the result's labels decides how the result lies.
-        swap = product(columns, sizes) > product(rows, sizes)
+        swap = sizes[columns] > sizes[rows]
         first, second = reversed(sides) if swap else sides
         result = _broadcast(order, [(side.groups[1:], side.own) for side in (first, second)], sizes)
         strides = label_strides(result, sizes)
@@ -492,12 +513,12 @@ def _slices(order: str, summed: str, layout: Layout, strides: dict[str, int], si
     own = "".join(label for label in order if label in strides)
     groups = (summed, *(_aligned(order, Layout(tuple(own), ())) if own else ()))
     # Two slices take as long as one call.
-    calls = count_calls(layout, groups) + 1 + product(summed, sizes) // 2
+    calls = count_calls(layout, groups) + 1 + sizes[summed] // 2
     launches = cost.CPU.launch * calls
     there = group_strides(groups, strides, sizes)
     # All slices together are read across memory as often as there are terms, a copy only once.
     copied = contiguous_layout(groups, sizes)
-    copy = there is None or (bool(own) and strides[own[-1]] != 1 and product(own, sizes) > 1)
+    copy = there is None or (bool(own) and strides[own[-1]] != 1 and sizes[own] > 1)
     if copy:
         fresh = label_strides(copied, sizes)
         seconds = launches + copy_seconds(summed + own, strides, sizes)
@@ -508,7 +529,8 @@ def _slices(order: str, summed: str, layout: Layout, strides: dict[str, int], si
 
 def _aligned(order: str, layout: Layout) -> tuple[str, ...]:
     """Dimensions of an operand that broadcast to ``order``: one for each label, none before the first it has."""
-    groups = [label if label in layout.labels else "" for label in order]
+    labels = layout.labels
+    groups = [label if label in labels else "" for label in order]
     while groups and not groups[0]:
         del groups[0]
     if not groups:
@@ -518,11 +540,8 @@ def _aligned(order: str, layout: Layout) -> tuple[str, ...]:
 
 
 def _broadcast(order: str, operands: Sequence[tuple[tuple[str, ...], dict[str, int]]], sizes: Sizes) -> Layout:
-    shape = shape_of(order, sizes)
-    described = []
-    for groups, strides in operands:
-        described.append((shape_of(groups, sizes), _group_strides(groups, strides)))
-    return Layout(tuple(order), elementwise_strides(shape, described))
+    described = tuple([(shape_of(groups, sizes), _group_strides(groups, strides)) for groups, strides in operands])
+    return Layout(tuple(order), elementwise_strides(shape_of(order, sizes), described))
 
 
 def _multiply_sum_way(
@@ -531,7 +550,7 @@ def _multiply_sum_way(
     """The product of all elements, then a sum. Only while what lies between them stays in the cache."""
     sizes = context.sizes
     batch, rows, columns, summed = groups
-    elements = product(batch + rows + columns + summed, sizes)
+    elements = sizes[batch + rows + columns + summed]
     if elements * cost.ITEM > cost.CPU.cache:
         return None
     rows, columns = memory_order(rows, sa), memory_order(columns, sb)
@@ -542,7 +561,7 @@ def _multiply_sum_way(
     first, second = _aligned(order, a), _aligned(order, b)
     whole = label_strides(contiguous_layout(tuple(order), sizes), sizes)
     seconds = walk_order_seconds(order, (sa, sb, whole), sizes)
-    seconds += cost.sum_seconds(elements, elements // max(product(summed, sizes), 1), product(inner, sizes))
+    seconds += cost.sum_seconds(elements, elements // max(sizes[summed], 1), sizes[inner])
     calls = count_calls(a, first), count_calls(b, second)
     seconds += cost.CPU.launch * sum(calls)
     dims = tuple(label for label in order if label not in summed)

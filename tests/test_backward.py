@@ -12,7 +12,7 @@ from lazy_einsum.layout import Sizes, contiguous_layout, label_strides, memory_o
 from lazy_einsum.program import Program, run
 from lazy_einsum.ways import Context, Way, ways
 
-SIZES = {"a": 3, "b": 4, "c": 5, "d": 6}
+SIZES = Sizes(a=3, b=4, c=5, d=6)
 
 EQUATIONS = [
     "ab,bc->ac",
@@ -71,7 +71,7 @@ def test_gradients_come_in_the_layouts_that_autograd_gives_them(equation: str) -
 
 @pytest.mark.parametrize("equation", EQUATIONS)
 def test_a_gradient_that_comes_as_the_result_lies_needs_no_copy(equation: str) -> None:
-    sizes = dict.fromkeys(SIZES, 64)
+    sizes = Sizes.fromkeys("abcd", 64)
     for way in ways_of(equation, sizes):
         as_is = arrival_seconds(way, way.result, sizes)
         order = memory_order(way.result.labels, label_strides(way.result, sizes))
@@ -79,4 +79,3 @@ def test_a_gradient_that_comes_as_the_result_lies_needs_no_copy(equation: str) -
         assert as_is == 0
         if len(order) > 2:
             assert arrival_seconds(way, across, sizes) > 0
-

@@ -6,7 +6,7 @@ import torch
 
 from lazy_einsum.backward import arrival_seconds
 from lazy_einsum.cost import CPU, pair_seconds, product_seconds, sum_seconds, walk_seconds
-from lazy_einsum.layout import contiguous_layout, label_strides
+from lazy_einsum.layout import Sizes, contiguous_layout, label_strides
 from lazy_einsum.ways import Context, copy_seconds, ways
 
 
@@ -37,7 +37,7 @@ def test_strides_that_fall_on_the_same_places_of_the_cache() -> None:
 
 
 def test_gradients_that_come_across_are_dear() -> None:
-    sizes = {"a": 128, "b": 10, "c": 64, "d": 10}
+    sizes = Sizes(a=128, b=10, c=64, d=10)
     one, two = (contiguous_layout(tuple(term), sizes) for term in ("abc", "acd"))
     across = contiguous_layout(tuple("cbda"), sizes)
     for way in ways(Context(sizes, torch.float32), one, two, "abcd", "abcd"):

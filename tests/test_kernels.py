@@ -415,4 +415,4 @@ def test_strides_of_elementwise_results_are_those_of_torch(operands: list[torch.
         result = [operands[0] * operands[1], torch.copysign(*operands), operands[0] == operands[1]][kind]
     else:
         result = torch.addcmul(*operands)
-    assert elementwise_strides(tuple(result.shape), described) == result.stride()
+    assert elementwise_strides(tuple(result.shape), tuple(described)) == result.stride()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Mapping
 
 import pytest
 import torch
@@ -19,7 +20,9 @@ LARGE = {"a": 9, "b": 8, "c": 17, "d": 12}
 LONG = {"a": 2, "b": 2, "c": 2, "d": 2, "e": 50}
 
 
-def laid_out(term: str, order: tuple[str, ...], sizes: Sizes, dtype: torch.dtype = torch.float64) -> torch.Tensor:
+def laid_out(
+    term: str, order: tuple[str, ...], sizes: Mapping[str, int], dtype: torch.dtype = torch.float64
+) -> torch.Tensor:
     """A random tensor with the labels of ``term`` as dimensions, that lies in memory in this order."""
     own = [label for label in order if label in term]
     generator = torch.Generator().manual_seed(0)
@@ -28,26 +31,26 @@ def laid_out(term: str, order: tuple[str, ...], sizes: Sizes, dtype: torch.dtype
 
 
 def all_ways(
-    equation: str, operands: list[torch.Tensor], sizes: Sizes, hint: str = "", ahead: str = ""
+    equation: str, operands: list[torch.Tensor], sizes: Mapping[str, int], hint: str = "", ahead: str = ""
 ) -> tuple[list[Way], list[Layout]]:
     left, output = equation.split("->")
     layouts = [Layout(tuple(term), x.stride()) for term, x in zip(left.split(","), operands, strict=True)]
-    context = Context(sizes, operands[0].dtype, any(x.requires_grad for x in operands))
+    context = Context(Sizes(sizes), operands[0].dtype, any(x.requires_grad for x in operands))
     return list(ways(context, *layouts, output, hint or output, ahead)), layouts
 
 
-def program_of(way: Way, layouts: list[Layout], sizes: Sizes, operands: list[torch.Tensor]) -> Program:
-    writer = _Writer(sizes, 2)
+def program_of(way: Way, layouts: list[Layout], sizes: Mapping[str, int], operands: list[torch.Tensor]) -> Program:
+    writer = _Writer(Sizes(sizes), 2)
     writer.layouts.update(enumerate(layouts))
     pair = (1, 0) if way.swap else (0, 1)
-    context = Context(sizes, operands[0].dtype, any(x.requires_grad for x in operands))
+    context = Context(Sizes(sizes), operands[0].dtype, any(x.requires_grad for x in operands))
     return writer.program(_write_way(writer, context, way, *pair, None), 0.0)
 
 
 @pytest.mark.parametrize("follows", [False, True], ids=["", "followed"])
 @pytest.mark.parametrize("sizes", [SMALL, LARGE, LONG], ids=["small", "large", "long"])
 @pytest.mark.parametrize("equation", [*EQUATIONS, "eab,ebc->eac", "eab,abc->ec", "abe,abc->ec", "a,ab->b"])
-def test_every_way_computes_the_contraction(equation: str, sizes: Sizes, follows: bool) -> None:
+def test_every_way_computes_the_contraction(equation: str, sizes: Mapping[str, int], follows: bool) -> None:
     if "e" in equation and "e" not in sizes:
         sizes = {**sizes, "e": 7}
     left, output = equation.split("->")
@@ -87,7 +90,7 @@ def test_a_product_that_broadcasts_may_lie_as_the_next_sum_wants() -> None:
     assert "bcad" in orders("bc") - orders("")
 
 
-def _has_loop(equation: str, sizes: Sizes, dtype: torch.dtype = torch.float64) -> bool:
+def _has_loop(equation: str, sizes: Mapping[str, int], dtype: torch.dtype = torch.float64) -> bool:
     plain = {label: int(size) for label, size in sizes.items()}
     operands = [laid_out(term, tuple("abcd"), plain, torch.float64).to(dtype) for term in equation[:-4].split(",")]
     return any(way.kind == "loop" for way in all_ways(equation, operands, sizes)[0])
@@ -109,7 +112,7 @@ def test_sums_are_written_out_only_where_they_are_short() -> None:
 
 
 def test_what_is_a_matrix_to_the_library() -> None:
-    sizes = {"a": 30, "b": 40, "c": 50}
+    sizes = Sizes(a=30, b=40, c=50)
     cases = [
         (("a", "b", "c"), (2000, 50, 1), True),
         (("a", "b", "c"), (2000, 1, 40), True),
