@@ -1,7 +1,8 @@
 """Times against torch, opt_einsum_fx, opt_einsum, cotengra: ``python tests/benchmark.py [--quick] [case ...]``.
 
-All contestants of a case take turns in one process on one thread; a figure is the median of the rounds, so that a
-disturbance hits all alike. Ratios are times of eager divided by times of the contestant: above 1 is faster than eager.
+All contestants of a case take turns in one process, on one thread unless ``--threads`` says otherwise; a figure is the
+median of the rounds, so that a disturbance hits all alike. Ratios are times of eager divided by times of the
+contestant: above 1 is faster than eager. (Those of networks are times of the others divided by ours.)
 """
 
 from __future__ import annotations
@@ -19,11 +20,14 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import plot
 import torch
 from contestants import CONTESTANTS, prepare
 from edge_counts import edge_counts
 from instances import Instance, load
-from measure import Run, geometric_mean, medians, seconds
+from measure import Run, backward_run, forward_run, geometric_mean, medians, seconds
+from pairwise import pairwise
+from planning import planning
 from torch import Tensor, nn
 
 from lazy_einsum import OptimizedModule
@@ -58,6 +62,11 @@ def matrix_chain(a: Tensor, b: Tensor, c: Tensor, x: Tensor) -> Tensor:
     return torch.einsum("ik,kl->il", torch.einsum("ij,jk->ik", ab, c), x)
 
 
+def chained_products(a: Tensor, b: Tensor, c: Tensor, x: Tensor) -> Tensor:
+    """The same with products of matrices."""
+    return a @ b @ c @ x
+
+
 def lora(x: Tensor, w: Tensor, a: Tensor, b: Tensor) -> Tensor:
     """A low-rank update beside the full weight."""
     low = torch.einsum("or,ri->oi", b, a) * 2.0
@@ -77,6 +86,7 @@ CASES = [
     ),
     Case("chain of three with scalars (256)", chain, ((256, 2), (256, 256), (256, 256), (256, 256))),
     Case("matrix products by einsum (256)", matrix_chain, ((256, 256), (256, 256), (256, 256), (256, 1))),
+    Case("matrix products by @ (256)", chained_products, ((256, 256), (256, 256), (256, 256), (256, 1))),
     Case("LoRA (64, 512, rank 8)", lora, ((64, 512), (512, 512), (8, 512), (512, 8))),
     Case("the same sub-contraction twice (256)", twice, ((256, 256),) * 4),
     _einsum_case("attention bthd,bshd->bhts", "bthd,bshd->bhts", (4, 64, 8, 32), (4, 64, 8, 32)),
@@ -120,7 +130,7 @@ def contractions(rounds: int, round_seconds: float, with_compile: bool, only: Se
             runs: dict[str, Run] = {}
             for name, target in contestants.items():
                 assert torch.allclose(target(*operands), expected, rtol=1e-3, atol=1e-3 * expected.abs().max()), name
-                runs[name] = _backward(target, leaves) if backward else _forward(target, operands)
+                runs[name] = backward_run(target, leaves) if backward else forward_run(target, operands)
             took = medians(runs, rounds, round_seconds)
             row = f"{case.name:36} {'fwd+bwd' if backward else 'forward':9} {took['eager'] * 1e6:9.1f} "
             for column in columns:
@@ -131,28 +141,13 @@ def contractions(rounds: int, round_seconds: float, with_compile: bool, only: Se
             print(row.rstrip(), flush=True)
 
 
-def _forward(target: Callable[..., Any], operands: Sequence[Tensor]) -> Run:
-    def run() -> Any:
-        with torch.no_grad():
-            return target(*operands)
-
-    return run
-
-
-def _backward(target: Callable[..., Any], leaves: Sequence[Tensor]) -> Run:
-    cotangent = torch.randn_like(target(*leaves))
-
-    def run() -> Any:
-        return torch.autograd.grad(target(*leaves), leaves, cotangent)
-
-    return run
-
-
 # -- networks ---------------------------------------------------------------------------------------------------------
 
 
-def networks(rounds: int, round_seconds: float, only: Sequence[str], backward: bool, save: str | None) -> None:
-    """The networks of ``data/instances.json``: how many times as long as ours the others take, and the floor."""
+def networks(rounds: int, round_seconds: float, only: Sequence[str], backward: bool) -> dict[str, dict[str, float]]:
+    """Seconds for the networks of ``data/instances.json``; prints how many times as long as ours the others take, and
+    the floor.
+    """
     peers = [name for name in CONTESTANTS if name != "ours"]
     table: dict[str, dict[str, float]] = {}
     title = "forward+backward" if backward else "forward"
@@ -184,9 +179,7 @@ def networks(rounds: int, round_seconds: float, only: Sequence[str], backward: b
     best = [_best(took) / floors[case] for case, took in table.items() if floors[case] > 1e-4 and len(took) > 1]
     if far and not backward:
         print(f"floor over 100 us: ours {geometric_mean(far):.2f}, the best of the others {geometric_mean(best):.2f}")
-    if save:
-        with open(save, "w") as file:
-            json.dump(table, file, indent=1)
+    return table
 
 
 def _best(took: dict[str, float]) -> float:
@@ -208,7 +201,7 @@ def _network(instance: Instance, rounds: int, round_seconds: float, backward: bo
         error = (result - expected).abs().max() / expected.abs().max().clamp(min=1e-30)
         if not error < 1e-3:
             print(f"{instance.name}: {name} differs by {float(error):.1e}")
-        runs[name] = _backward(target, leaves) if backward else _forward(target, operands)
+        runs[name] = backward_run(target, leaves) if backward else forward_run(target, operands)
     return medians(runs, rounds, round_seconds)
 
 
@@ -333,17 +326,22 @@ def memory() -> None:
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parts = ("networks", "dispatch", "miss", "memory", "edges")
+    parts = ("networks", "pairwise", "planning", "dispatch", "miss", "memory", "edges")
     parser.add_argument("cases", nargs="*", help=f"words of the names of cases; also: {', '.join(parts)}")
     parser.add_argument("--quick", action="store_true", help="7 short rounds")
-    parser.add_argument("--forward", action="store_true", help="of networks only the forward pass")
-    parser.add_argument("--backward", action="store_true", help="of networks only forward with backward")
+    parser.add_argument("--threads", type=int, default=1, help="of torch (1)")
+    parser.add_argument("--forward", action="store_true", help="of networks and pairwise only the forward pass")
+    parser.add_argument("--backward", action="store_true", help="of networks and pairwise only forward with backward")
+    parser.add_argument("--stride", type=int, default=4, help="of pairwise each so-manieth contraction (4; 1: all)")
     parser.add_argument("--save", help="write the seconds of networks to this file; with --forward or --backward")
     parser.add_argument(
         "--compile", action="store_true", help="also torch.compile with its default backend (needs a C++ compiler)"
     )
+    parser.add_argument("--plot", help="draw networks to this file; with --forward or --backward")
     options = parser.parse_args()
-    torch.set_num_threads(1)
+    if options.plot:
+        plot.pyplot()
+    torch.set_num_threads(options.threads)
     warnings.simplefilter("ignore")
     rounds, round_seconds = (7, 0.01) if options.quick else (15, 0.05)
     only = [word for word in options.cases if word not in parts]
@@ -351,15 +349,28 @@ def main() -> None:
     named = [line.split(":")[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")]
     processor = named[0] if named else platform.machine()
     python = f"{platform.python_implementation()} {platform.python_version()}"
-    print(f"torch {torch.__version__}, {python}, {processor}, 1 thread, {rounds} rounds")
+    machine = f"torch {torch.__version__}, {processor}, {_threads(options.threads)}"
+    print(f"{machine}, {python}, {rounds} rounds")
     if "networks" in wanted or not options.cases:
         for backward in (False, True):
             if not (options.forward if backward else options.backward):
-                networks(rounds, round_seconds, only, backward, options.save)
+                table = networks(rounds, round_seconds, only, backward)
+                if options.save:
+                    with open(options.save, "w") as file:
+                        json.dump(table, file, indent=1)
+                if options.plot:
+                    title = "forward and backward" if backward else "forward"
+                    plot.draw(table, options.plot, f"Networks from many fields, {title}, {machine}")
     elif only:
         contractions(rounds, round_seconds, options.compile, only)
     if not options.cases:
         contractions(rounds, round_seconds, options.compile, only)
+    if "pairwise" in wanted or not options.cases:
+        for backward in (False, True):
+            if not (options.forward if backward else options.backward):
+                pairwise(backward, options.stride)
+    if "planning" in wanted or not options.cases:
+        planning()
     if "dispatch" in wanted or not options.cases:
         dispatch(rounds, round_seconds)
     if "miss" in wanted or not options.cases:
@@ -369,6 +380,10 @@ def main() -> None:
     if "edges" in wanted or not options.cases:
         edge_counts(500, options.compile)
     print(f"\npeak memory of this process: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:.0f} MiB")
+
+
+def _threads(count: int) -> str:
+    return "1 thread" if count == 1 else f"{count} threads"
 
 
 def _lines(path: str) -> list[str]:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from lazy_einsum.spec import symbol
+from lazy_einsum.spec import EinsumSpec, symbol
 
 MOST_MACS = 4e9
 MOST_ELEMENTS = 2**27
@@ -96,3 +97,21 @@ def load() -> list[Instance]:
         for row in rows
     ]
     return [item for item in found if 10**item.log10_macs <= MOST_MACS and 2**item.log2_size <= MOST_ELEMENTS]
+
+
+def random_network(n: int, degree: int, seed: int, largest: int = 4) -> tuple[EinsumSpec, list[tuple[int, ...]]]:
+    """Operands joined at random, a few labels in three of them or in the result, as text with letters beyond z."""
+    generator = random.Random(seed)
+    terms: list[list[str]] = [[] for _ in range(n)]
+    count = 0
+    for number in range(1, n):
+        for _ in range(generator.randint(1, degree)):
+            label = symbol(count)
+            count += 1
+            terms[number].append(label)
+            for other in generator.sample(range(number), min(number, generator.choice([1, 1, 1, 2]))):
+                terms[other].append(label)
+    sizes = {symbol(number): generator.randint(2, largest) for number in range(count)}
+    output = "".join(generator.sample(sorted(sizes), 2))
+    spec = EinsumSpec(tuple(map("".join, terms)), output)
+    return spec, [tuple(sizes[label] for label in term) for term in terms]

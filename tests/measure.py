@@ -8,8 +8,10 @@ import math
 import signal
 import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
+
+import torch
 
 Run = Callable[[], Any]
 
@@ -20,6 +22,26 @@ def seconds(run: Run, repeats: int) -> float:
     for _ in range(repeats):
         run()
     return (time.perf_counter() - start) / repeats
+
+
+def forward_run(target: Callable[..., Any], operands: Sequence[torch.Tensor]) -> Run:
+    """A call of ``target`` that autograd does not follow."""
+
+    def run() -> Any:
+        with torch.no_grad():
+            return target(*operands)
+
+    return run
+
+
+def backward_run(target: Callable[..., Any], leaves: Sequence[torch.Tensor]) -> Run:
+    """A call of ``target`` and the gradients of all ``leaves``."""
+    cotangent = torch.randn_like(target(*leaves))
+
+    def run() -> Any:
+        return torch.autograd.grad(target(*leaves), leaves, cotangent)
+
+    return run
 
 
 def medians(runs: dict[str, Run], rounds: int, round_seconds: float) -> dict[str, float]:

@@ -19,7 +19,7 @@ import pytest
 import torch
 from equations import ROWS, Row, equations, make_operands, row_id
 from hypothesis import given
-from instances import load
+from instances import load, random_network
 from oracle import loops
 
 from lazy_einsum import plan as planning
@@ -285,24 +285,6 @@ def test_memory_limit() -> None:
         make_plan(chain, chain_shapes, [(0, 1), (0, 1)], memory_limit=100)
     with pytest.raises(LazyEinsumError, match="expected a number of elements"):
         make_plan(chain, chain_shapes, memory_limit="512MiB")
-
-
-def random_network(n: int, degree: int, seed: int, largest: int = 4) -> tuple[EinsumSpec, list[tuple[int, ...]]]:
-    """Operands joined at random, a few labels in three of them or in the result, as text with letters beyond z."""
-    generator = random.Random(seed)
-    terms: list[list[str]] = [[] for _ in range(n)]
-    count = 0
-    for number in range(1, n):
-        for _ in range(generator.randint(1, degree)):
-            label = symbol(count)
-            count += 1
-            terms[number].append(label)
-            for other in generator.sample(range(number), min(number, generator.choice([1, 1, 1, 2]))):
-                terms[other].append(label)
-    sizes = {symbol(number): generator.randint(2, largest) for number in range(count)}
-    output = "".join(generator.sample(sorted(sizes), 2))
-    spec = EinsumSpec(tuple(map("".join, terms)), output)
-    return spec, [tuple(sizes[label] for label in term) for term in terms]
 
 
 CASES: dict[str, Callable[[], tuple[EinsumSpec, list[tuple[int, ...]]]]] = {
