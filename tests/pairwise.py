@@ -103,7 +103,9 @@ class Contraction:
 
 
 def random_pairs() -> list[Contraction]:
-    """The contractions of ``data/pairwise.txt``, in the sizes that they have there: 1 to 1e9 multiply-adds."""
+    """The random contractions of ``data/pairwise.txt`` (from jcmgray/einbench), in the sizes that they have there: 1 to
+    1e9 multiply-adds.
+    """
     text = (Path(__file__).parent / "data" / "pairwise.txt").read_text()
     rows = re.findall(r"^i=\d+; (\S*); size_dict=({.*});$", text, flags=re.MULTILINE)
     return [Contraction(equation, ast.literal_eval(sizes)) for equation, sizes in rows]
