@@ -13,9 +13,10 @@ from torch.overrides import handle_torch_function, has_torch_function
 from .blocks import lower_in_blocks
 from .errors import EquationError
 from .layout import Strides
+from .orders import plan_by_calls
 from .plan import make_plan
 from .program import compile_program
-from .saved import SAVED_LIMIT, Written, WrittenNetwork, lower_saving, plan_saving
+from .saved import SAVED_LIMIT, Written, WrittenNetwork, lower_saving
 from .signature import TensorType
 from .spec import EinsumSpec
 
@@ -144,9 +145,10 @@ def _prepare(
         for shape, (_, stride, follows) in zip(shapes, parts, strict=True)
     ]
     memory = shared or tuple(range(len(parts)))
-    plan, limit = plan_saving(WrittenNetwork(Written.plain(spec), spec, tuple(types), memory), SAVED_LIMIT)
     text = equation if isinstance(equation, str) and equation.isascii() else str(spec.canonical())
     strides = Strides.contiguous(spec.output_shape(shapes)) if _eager_is_contiguous(text, spec, types) else None
+    network = WrittenNetwork(Written.plain(spec), spec, tuple(types), memory)
+    plan, limit = plan_by_calls(network, SAVED_LIMIT, strides=strides)
     if limit is None:
         return compile_program(lower_in_blocks(plan, types, strides))
     return compile_program(lower_saving(plan, types, memory, limit.elements, strides))

@@ -80,15 +80,7 @@ class Plan:
     @property
     def path(self) -> Path:
         """The same as opt_einsum has it: positions in a list from which consumed operands are removed."""
-        alive = list(range(len(self.shapes)))
-        path = []
-        for number, step in enumerate(self.steps):
-            places = tuple(sorted(alive.index(operand) for operand in step.operands))
-            for place in reversed(places):
-                del alive[place]
-            alive.append(len(self.shapes) + number)
-            path.append(places)
-        return tuple(path)
+        return positions(self.ssa_path, len(self.shapes))
 
     def __str__(self) -> str:
         gain = self.naive_flops / max(self.flops, 1)
@@ -104,6 +96,23 @@ class Plan:
             text = _shorten(str(step.spec), 48)
             lines.append(f"{number + len(self.shapes):>4}  {operands:<11} {text:<48} {shape:<22} {_si(step.flops):>8}")
         return "\n".join(lines)
+
+
+def positions(order: Path, n_operands: int) -> Path:
+    """Steps of numbered values as positions in a list from which consumed ones are removed, results being appended.
+
+    >>> positions(((1, 2), (0, 3)), 3)
+    ((1, 2), (0, 1))
+    """
+    alive = list(range(n_operands))
+    path = []
+    for number, step in enumerate(order):
+        places = tuple(sorted(alive.index(value) for value in step))
+        for place in reversed(places):
+            del alive[place]
+        alive.append(n_operands + number)
+        path.append(places)
+    return tuple(path)
 
 
 def make_plan(

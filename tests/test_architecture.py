@@ -41,6 +41,7 @@ RANKS = {
     "generic": 2,
     "decompose": 4,
     "saved": 5,
+    "orders": 5.5,
     "program": 3,
     "kernels": 4,
     "blocks": 4.5,

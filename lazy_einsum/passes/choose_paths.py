@@ -23,9 +23,11 @@ from ..graph import (
     type_of,
     write_einsum,
 )
+from ..layout import Strides
+from ..orders import plan_by_calls
 from ..plan import Plan, make_plan
 from ..program import Value
-from ..saved import SAVED, plan_saving, written_network
+from ..saved import SAVED, written_network
 from ..signature import TensorType
 from ..sizes import is_symbolic
 
@@ -65,7 +67,7 @@ def choose_paths(
         element_limit: the same in elements, as opt_einsum has it: a number, ``"max_input"`` or ``"max_output"``.
         generic: the result is to hold for other sizes of the same ranks.
         saved_limit: what autograd may save for the backward pass, in parts of what it saves of the einsums as they were
-            written; see ``plan_saving``.
+            written; see ``plan_by_calls``.
 
     Raises:
         MemoryLimitError: no order was found that stays below the limit.
@@ -93,7 +95,9 @@ def choose_paths(
                 if generic or network is None:
                     plan = make_plan(spec, [operand.shape for operand in types], optimize, limit, generic)
                 else:
-                    plan, most = plan_saving(network, saved_limit, optimize, limit)
+                    result = type_of(node)
+                    strides = None if result is None else Strides(result.stride, exact=False)
+                    plan, most = plan_by_calls(network, saved_limit, optimize, limit, strides)
                     if most is not None:
                         node.meta[SAVED] = len(operands), most.elements
                 node.meta[PLAN] = plan
