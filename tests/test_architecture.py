@@ -14,6 +14,7 @@ PACKAGE = Path(lazy_einsum.__file__).parent
 #: A module imports those of lower ranks only. Ranks are the order in which the code can be read, from the bottom.
 RANKS = {
     "errors": 0,
+    "backends": 0,
     "sizes": 0,
     "counter": 0,
     "where": 0,
@@ -62,6 +63,7 @@ RANKS = {
     "tracing": 7,
     "witness": 4,
     "specialize": 8,
+    "compiled": 9,
     "verify": 9,
     "cache": 9,
     "report": 10,
