@@ -79,7 +79,7 @@ class _Compiler:
             raise ValueError(str(error)) from error
 
     def __call__(self, graph: fx.GraphModule, inputs: Sequence[torch.Tensor]) -> Callable[..., Sequence[Any]]:
-        with _compiling, _reusable_backward():
+        with _compiling, _saved_are_kept():
             compiled: Callable[..., Sequence[Any]] = self._call(graph, list(inputs))
         return compiled
 
@@ -99,13 +99,22 @@ def _as_torch_compile_does(
     return torch._TorchCompileWrapper(backend, mode, options, dynamic=False)
 
 
-def _reusable_backward() -> Any:
-    """A context in which compiled backward passes leave what was saved for them as it is, so that they can run again
-    (``retain_graph=True``), as in eager mode. (``torch.compile`` has no public option for that: it raises an error.)
+def _saved_are_kept() -> Any:
+    """A context in which what is compiled leaves what was saved for a backward pass as it is, so that the pass can run
+    again (``retain_graph=True``), as in eager mode. (Without it, that is an error; there is no public option.)
     """
     import torch._functorch.config
 
     return torch._functorch.config.patch(donated_buffer=False)
+
+
+def let_run_again(node: Any) -> None:
+    """Tell the backward pass of a function that was compiled as ``_saved_are_kept`` says that it is so. (It looks at
+    the option once more when it runs, where setting that, the public way, would change it for all of the process.)
+    """
+    metadata = type(node)._forward_cls.metadata
+    if metadata.bw_donated_idxs is None:
+        metadata.bw_donated_idxs = []
 
 
 def is_compiled_backward(node: Any) -> bool:

@@ -19,7 +19,7 @@ import torch
 from torch import fx, nn
 
 from .ambient import own_saved_tensors, saved_tensor_hooks
-from .backends import Backend, in_forward_mode, is_compiled_backward, keeps_graph
+from .backends import Backend, in_forward_mode, is_compiled_backward, keeps_graph, let_run_again
 from .calls import HOOKS
 from .errors import LazyEinsumError
 from .fakes import fake_mode, make_fake
@@ -413,13 +413,16 @@ class Backward:
     def __call__(self, grad_outputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
         """What the compiled pass takes; ``None`` where that is ``grad_outputs``."""
         given = [grad_outputs[place] for place in self._places]
+        inputs, before = self._inputs, self._before
+        if keeps_graph():
+            let_run_again(self._running())
+        else:
+            self._inputs, self._before = (), None
         if torch.is_grad_enabled():
-            self._replace(partial(self._differentiable, given))
+            self._replace(partial(self._differentiable, inputs, before, given))
             # Of tensors that require grad it makes a mess.
             return tuple(None if gradient is None else gradient.detach() for gradient in grad_outputs)
-        if not keeps_graph():
-            self._inputs, self._before = (), None
-        if None in given:
+        if any(gradient is None for gradient in given):
             followed = zip(self._compiled.followed, given, strict=True)
             reached = frozenset(number for number, gradient in followed if gradient is not None)
             self._replace(partial(self._without, reached))
@@ -427,25 +430,30 @@ class Backward:
 
     def _replace(self, change: Callable[[tuple[Any, ...]], tuple[Any, ...]]) -> None:
         """Put what ``change`` makes of the gradients of the inputs in their place, this time."""
-        node = self._node()
-        assert node is not None  # it is running
 
         def hook(grad_inputs: tuple[Any, ...], _: tuple[Any, ...]) -> tuple[Any, ...]:
             handle.remove()
             return change(grad_inputs)
 
-        handle = node.register_hook(hook)
+        handle = self._running().register_hook(hook)
+
+    def _running(self) -> Any:
+        node = self._node()
+        assert node is not None  # it is what runs
+        return node
 
     def _without(self, reached: frozenset[int], grad_inputs: tuple[Any, ...]) -> tuple[Any, ...]:
         """The gradients of those inputs that the results ``reached`` depend on."""
         pairs = zip(grad_inputs, self._compiled.reach, strict=True)
         return tuple(None if reach.isdisjoint(reached) else gradient for gradient, reach in pairs)
 
-    def _differentiable(self, given: Sequence[Any], grad_inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    def _differentiable(
+        self, packed: Sequence[Any], before: Before | None, given: Sequence[Any], grad_inputs: tuple[Any, ...]
+    ) -> tuple[Any, ...]:
         """The gradients by way of the code that was compiled, run once more."""
         compiled = self._compiled
         compiled.on_failure("a second derivative is asked for, which compiled code does not have")
-        inputs = [self._unpack(packed) if self._unpack is not None else packed for packed in self._inputs]
+        inputs = list(packed) if self._unpack is None else list(map(self._unpack, packed))
         for number, (tensor, version) in enumerate(zip(inputs, self._versions, strict=True)):
             if number not in compiled.written and not tensor.is_inference() and tensor._version != version:
                 raise RuntimeError(
@@ -455,12 +463,11 @@ class Backward:
                 )
         # Views of their own, lest gradients flow on from one input to another that it was made of.
         leaves = [tensor.view_as(tensor) if tensor.requires_grad else tensor for tensor in inputs]
-        if self._before is not None:
-            for number, value in self._before.values.items():
-                leaves[number] = value.clone()
+        for number, value in before.values.items() if before is not None else ():
+            leaves[number] = value.clone()
         with ExitStack() as stack:
-            if self._before is not None:
-                stack.enter_context(self._before.again())
+            if before is not None:
+                stack.enter_context(before.again())
             wanted = dict(compiled.autocast)
             for kind in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
                 dtype = getattr(torch, wanted[kind].removeprefix("torch.")) if kind in wanted else None
