@@ -26,10 +26,12 @@ class Backend:
     Attributes:
         name: as the user has it.
         compile: what it does.
+        takes_fakes: whether tensors without data do as examples. Others are given zeros, as they may run the graph.
     """
 
     name: str
     compile: Compile
+    takes_fakes: bool
 
 
 def find_backend(backend: str | Callable[..., Any], options: Mapping[str, Any]) -> Backend | None:
@@ -57,7 +59,8 @@ def find_backend(backend: str | Callable[..., Any], options: Mapping[str, Any]) 
         if backend not in known:
             raise ValueError(f"backend {backend!r} is unknown; torch.compile knows {', '.join(known)}")
     name = backend if isinstance(backend, str) else getattr(backend, "__name__", type(backend).__name__)
-    return Backend(name, _Compiler(backend, options.get("mode"), dict(options.get("options") or {})))
+    compiler = _Compiler(backend, options.get("mode"), dict(options.get("options") or {}))
+    return Backend(name, compiler, takes_fakes=backend == "inductor")
 
 
 class _Compiler:

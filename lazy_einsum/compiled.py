@@ -10,7 +10,7 @@ from __future__ import annotations
 import operator
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -28,9 +28,6 @@ from .graph import EVERYTHING, facts, tensor_nodes, type_of
 from .live import LiveCall, set_attribute
 from .specialize import Specialization, as_function, lift
 
-OnFailure = Callable[[str], None]
-"""Told why a compiled function is not to be called any more."""
-
 # They change what autograd knows of a tensor, or ask it; or call functions of the user's.
 _EAGER_CALLS = {
     torch.autograd.grad: "forward differentiates, and compiled code can't be differentiated again",
@@ -39,7 +36,26 @@ _EAGER_CALLS = {
 
 
 class NotCompilableError(LazyEinsumError):
-    """A specialization can't run through a backend; the message says why."""
+    """A specialization can't run through a backend; the message says why.
+
+    Args:
+        reason: why.
+        error: what was raised, where that is the reason.
+    """
+
+    def __init__(self, reason: str, error: Exception | None = None) -> None:
+        super().__init__(reason if error is None else f"{reason}: {describe(error)}")
+        self.reason = reason
+
+
+def describe(error: Exception) -> str:
+    """The class of an error, and the first line of what it says."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+
+
+OnFailure = Callable[[NotCompilableError], None]
+"""Told why a compiled function is not to be called any more."""
 
 
 @dataclass(frozen=True)
@@ -81,24 +97,29 @@ def compile_entry(entry: Specialization, backend: Backend, on_failure: OnFailure
     parts = split(entry, ambient["grad"] and not ambient["inference"])
     inputs = [node for node in parts.inner.nodes if node.op == "placeholder"]
     with torch.inference_mode(False), torch.set_grad_enabled(ambient["grad"] and not ambient["inference"]):
-        with fake_mode(), own_saved_tensors():
-            examples = [make_fake(_ordinary(type_of(node))) for node in inputs]
+        with fake_mode() if backend.takes_fakes else nullcontext(), own_saved_tensors():
+            examples = [_example(node) for node in inputs]
         module = fx.GraphModule(nn.Module(), _bare(parts.inner))
         try:
             with torch.random.fork_rng(devices=[]):
                 function = backend.compile(module, examples)
         except Exception as error:
-            text = str(error).strip().splitlines()
-            reason = f"{type(error).__name__}{f': {text[0]}' if text else ''}"
-            raise NotCompilableError(f"the backend {backend.name!r} failed: {reason}") from error
+            raise NotCompilableError(f"the backend {backend.name!r} failed", error) from error
     eager = as_function(parts.inner)
     parts.place.target = Compiled(function, eager, parts, ambient["autocast"], on_failure)
     return entry.source.finish(as_function(parts.outer, shared=False))
 
 
-def _ordinary(known: Any) -> Any:
-    """The type of a tensor of the same kind made outside of inference mode, where backends run."""
-    return replace(known, is_inference=False)
+def _example(node: fx.Node) -> torch.Tensor:
+    """A tensor like what ``node`` will give, of zeros where there is data; made outside of inference mode, in which
+    backends do not run.
+    """
+    known = type_of(node)
+    assert known is not None
+    example = make_fake(replace(known, is_inference=False))
+    with torch.no_grad():
+        example.detach().zero_()
+    return example
 
 
 def _bare(graph: fx.Graph) -> fx.Graph:
@@ -346,7 +367,7 @@ class Compiled:
         if self.written or self.draws:
             raise error  # a second run would write, or draw, a second time
         results = self.eager(*inputs)
-        self.on_failure(f"its compiled code failed: {type(error).__name__}: {error}")
+        self.on_failure(NotCompilableError("its compiled code failed", error))
         return results
 
 
@@ -452,7 +473,7 @@ class Backward:
     ) -> tuple[Any, ...]:
         """The gradients by way of the code that was compiled, run once more."""
         compiled = self._compiled
-        compiled.on_failure("a second derivative is asked for, which compiled code does not have")
+        compiled.on_failure(NotCompilableError("a second derivative is asked for, which compiled code does not have"))
         inputs = list(packed) if self._unpack is None else list(map(self._unpack, packed))
         for number, (tensor, version) in enumerate(zip(inputs, self._versions, strict=True)):
             if number not in compiled.written and not tensor.is_inference() and tensor._version != version:

@@ -329,23 +329,23 @@ class Dispatcher:
             entry.run = compile_entry(entry, backend, partial(_give_up, weakref.ref(self), weakref.ref(entry)))
             entry.tier = backend.name
         except NotCompilableError as error:
-            self.run_as_eager(entry, str(error))
+            self.run_as_eager(entry, error)
         self.cache.compile_seconds += time.perf_counter() - start
 
-    def run_as_eager(self, entry: Specialization, reason: str) -> None:
+    def run_as_eager(self, entry: Specialization, error: NotCompilableError) -> None:
         """From now on ``entry`` runs without a backend; say so once for each reason."""
         cache = self.cache
         with cache.lock:
             if entry.reason:
                 return
-            entry.run, entry.tier, entry.reason = entry.eager(), EAGER, reason
+            entry.run, entry.tier, entry.reason = entry.eager(), EAGER, str(error)
             cache.backend_failures += 1
-            new = reason not in cache.backend_reasons
-            cache.backend_reasons[reason] = None
+            new = error.reason not in cache.backend_reasons
+            cache.backend_reasons[error.reason] = None
+        assert self.settings.backend is not None
+        text = f"{entry.signature} runs as eager code, not through {self.settings.backend.name}: {error}"
+        logger.info("%s", text)
         if new:
-            assert self.settings.backend is not None
-            text = f"{entry.signature} runs as eager code, not through {self.settings.backend.name}: {reason}"
-            logger.info("%s", text)
             warnings.warn(text, BackendWarning, stacklevel=users_stacklevel())
 
     def _is_leaf(self, module: nn.Module, name: str) -> bool:
@@ -511,11 +511,13 @@ class Dispatcher:
         return stand_in
 
 
-def _give_up(dispatcher: weakref.ref[Dispatcher], entry: weakref.ref[Specialization], reason: str) -> None:
+def _give_up(
+    dispatcher: weakref.ref[Dispatcher], entry: weakref.ref[Specialization], error: NotCompilableError
+) -> None:
     """Let an entry run without its backend. (Weakly: a compiled function may be kept for longer than its cache.)"""
     owner, given_up = dispatcher(), entry()
     if owner is not None and given_up is not None:
-        owner.run_as_eager(given_up, reason)
+        owner.run_as_eager(given_up, error)
 
 
 def _as_for(signature: Signature, other: Signature) -> Signature:
