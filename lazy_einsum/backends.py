@@ -77,7 +77,7 @@ class _Compiler:
             # Random numbers from torch's own generators, in eager's order.
             options = {"fallback_random": True, **options}
         try:
-            self._call = _as_torch_compile_does(backend, mode, options)
+            self._call = as_torch_compile_does(backend, mode, options)
         except RuntimeError as error:  # an option, or a mode, that it does not have
             raise ValueError(str(error)) from error
 
@@ -90,7 +90,7 @@ class _Compiler:
 # All that is private to torch is below. Each is in torch 2.13.0 and 2.14.1, on which the tests run.
 
 
-def _as_torch_compile_does(
+def as_torch_compile_does(
     backend: str | Callable[..., Any], mode: str | None, options: dict[str, Any]
 ) -> Callable[[fx.GraphModule, list[torch.Tensor]], Callable[..., Any]]:
     """What ``torch.compile`` makes of its arguments. (``torch.compile(graph_module, backend=...)``, the public way to a

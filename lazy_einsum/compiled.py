@@ -48,6 +48,9 @@ class NotCompilableError(LazyEinsumError):
         self.reason = reason
 
 
+_OTHER_MODE = "a result requires gradients, or is a view, in another grad mode than the call's"
+
+
 def describe(error: Exception) -> str:
     """The class of an error, and the first line of what it says."""
     lines = str(error).strip().splitlines()
@@ -178,15 +181,21 @@ def split(entry: Specialization, grad: bool) -> Parts:
         around[node] = outer.call_function(operator.getitem, (place, number))
     for node in main:
         if node not in around and _is_view_of(node, around) and _leads_to(node, output):
+            if _runs_with_grad(node) != grad:
+                raise NotCompilableError(_OTHER_MODE)
             around[node] = outer.node_copy(node, around.__getitem__)
     outer.output(fx.map_arg(output.args[0], around.__getitem__))
     outer.lint()
-    followed = tuple(grad and _requires_grad(node) for node in results)
+    if any(_requires_grad(node) and not (grad and _runs_with_grad(node)) for node in results):
+        raise NotCompilableError(_OTHER_MODE)
+    followed = tuple(map(_requires_grad, results))
     written = tuple(number for number, node in enumerate(given) if _is_written(node, main))
     if any(followed) and any(_requires_grad(given[number]) for number in written):
         raise NotCompilableError("forward writes to a tensor that autograd follows")
     draws = any(not known.steady for node in main if (known := facts(node)) is not None)
     reach = _reach(given, main, results) if any(followed) else ()
+    if not _go_together(main, [node for node, follows in zip(results, followed, strict=True) if follows]):
+        raise NotCompilableError("its results have backward passes that can run one by one, compiled code has one")
     return Parts(inner, outer, place, followed, written, draws, reach)
 
 
@@ -271,6 +280,11 @@ def _leads_to(node: fx.Node, output: fx.Node) -> bool:
     return False
 
 
+def _runs_with_grad(node: fx.Node) -> bool:
+    known = facts(node)
+    return known is not None and known.grad
+
+
 def _requires_grad(node: fx.Node) -> bool:
     known = type_of(node)
     return known is not None and known.requires_grad
@@ -308,6 +322,32 @@ def _reach(given: Sequence[fx.Node], main: Sequence[fx.Node], results: Sequence[
         for number in whole if _requires_grad(node) else ():
             reached[number].add(place)
     return tuple(map(frozenset, reached))
+
+
+def _go_together(main: Sequence[fx.Node], results: Sequence[fx.Node]) -> bool:
+    """Whether no result can be differentiated apart from the others in eager mode, each time for good: all lead back to
+    common calls.
+    """
+    writers: dict[int, list[fx.Node]] = {}
+    for node in main:
+        known = facts(node)
+        for number in known.writes if known is not None else ():
+            writers.setdefault(number, []).append(node)
+    groups: list[set[fx.Node]] = []
+    inside = set(main)
+    for result in results:
+        behind: set[fx.Node] = set()
+        todo = [result]
+        while todo:
+            node = todo.pop()
+            known = facts(node)
+            if node in inside and node not in behind and (known is None or known.type is None or _requires_grad(node)):
+                behind.add(node)
+                todo += node.all_input_nodes
+                todo += writers.get(known.storage, ()) if known is not None and known.storage is not None else ()
+        apart = [group for group in groups if group.isdisjoint(behind)]
+        groups = [*apart, behind.union(*(group for group in groups if not group.isdisjoint(behind)))]
+    return len(groups) <= 1
 
 
 # -- calls

@@ -70,6 +70,7 @@ RANKS = {
     "contract": 9,
     "functional": 9,
     "dispatch": 10,
+    "dynamo": 10,
     "parts": 11,
     "module": 12,
     "__init__": 13,
