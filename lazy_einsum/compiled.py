@@ -35,6 +35,16 @@ _EAGER_CALLS = {
 }
 
 
+# With the option ``fallback_random``, Inductor draws for these what eager mode does (for bernoulli, say, it does not).
+_DRAWN_AS_IN_EAGER = frozenset(
+    """
+    dropout dropout1d dropout2d dropout3d alpha_dropout feature_dropout feature_alpha_dropout rand rand_like randn
+    randn_like randint randint_like randperm uniform_ normal normal_ exponential_ multinomial rrelu
+    scaled_dot_product_attention
+    """.split()
+)
+
+
 class NotCompilableError(LazyEinsumError):
     """A specialization can't run through a backend; the message says why.
 
@@ -205,20 +215,13 @@ def _unset(*inputs: Any) -> Any:
 
 
 def _check(graph: fx.Graph) -> None:
-    """Raise ``NotCompilableError`` where there is a call that no backend can be given."""
+    """Raise ``NotCompilableError`` where there is a call, or an input, that no backend can be given."""
     for node in graph.nodes:
-        effects = facts(node)
-        if effects is not None and not effects.steady and not all(map(_is_contiguous, node.all_input_nodes)):
-            # They are drawn in the order of memory, and compilers lay out values otherwise than eager mode does.
-            raise NotCompilableError("it draws random numbers for a tensor that is not contiguous")
-        if isinstance(node.target, LiveCall):
-            raise NotCompilableError(f"it calls {node.target.name} as it is")
-        if node.op == "call_function" and node.target in _EAGER_CALLS:
-            raise NotCompilableError(_EAGER_CALLS[node.target])
-        if node.op == "call_method" and node.target in HOOKS:
-            raise NotCompilableError("forward gives a hook to a tensor")
-        if node.op == "call_method" and node.target == "requires_grad_":
-            raise NotCompilableError("forward sets requires_grad of a tensor")
+        if node.op.startswith("call_"):
+            reason = _reason(node)
+            if reason is not None:
+                raise NotCompilableError(reason)
+    for node in graph.nodes:
         if node.op != "placeholder" or not node.users:
             continue
         known = type_of(node)
@@ -226,6 +229,38 @@ def _check(graph: fx.Graph) -> None:
             raise NotCompilableError("it takes more than tensors")
         if known.is_conj or known.is_neg:
             raise NotCompilableError("it takes a tensor that is conjugated, or negated, only when it is read")
+
+
+def _reason(node: fx.Node) -> str | None:
+    """Why no backend can be given a call; ``None`` where it can."""
+    known, name = facts(node), str(getattr(node.target, "__name__", node.target))
+    if isinstance(node.target, LiveCall):
+        return f"it calls {node.target.name} as it is"
+    if node.op == "call_function" and node.target in _EAGER_CALLS:
+        return _EAGER_CALLS[node.target]
+    if node.op == "call_method" and name in HOOKS:
+        return "forward gives a hook to a tensor"
+    if node.op == "call_method" and name == "requires_grad_":
+        return "forward sets requires_grad of a tensor"
+    if known is None:
+        return None
+    if not known.steady and name not in _DRAWN_AS_IN_EAGER:
+        return f"it draws random numbers by {name}, which may be others in compiled code"
+    if not known.steady and not all(map(_is_contiguous, node.all_input_nodes)):
+        # They are drawn in the order of memory, and compilers lay out values otherwise than eager mode does.
+        return "it draws random numbers for a tensor that is not contiguous"
+    if any(_repeats(operand, known.writes) for operand in node.all_input_nodes):
+        return "forward writes to a tensor with elements in one place of memory, which eager mode may refuse"
+    seen_with_grad = any(user.op == "output" or _runs_with_grad(user) for user in node.users)
+    return _OTHER_MODE if _requires_grad(node) and not known.grad and seen_with_grad else None
+
+
+def _repeats(node: fx.Node, written: tuple[int, ...]) -> bool:
+    """Whether ``node`` lies in memory that is written, and has several elements in one place."""
+    known = facts(node)
+    if known is None or known.type is None or not (known.storage in written or EVERYTHING in written):
+        return False
+    return any(size > 1 and step == 0 for size, step in zip(known.type.shape, known.type.stride, strict=True))
 
 
 def _results(wanted: Sequence[fx.Node], around: Mapping[fx.Node, Any]) -> Iterator[fx.Node]:

@@ -64,6 +64,7 @@ class Settings:
     dynamic: bool | None
     is_frozen: Callable[[str], bool]
     backend: Backend | None = None
+    compile_after: int = 0
 
 
 class Call(NamedTuple):
@@ -160,6 +161,8 @@ class Dispatcher:
 
     def _run(self, entry: Specialization, values: tuple[Any, ...], call: Call) -> Any:
         count = entry.add_hit()
+        if entry.compile_at >= 0:
+            self._compile_hot(entry, count)
         if entry.is_generic and count % _SAMPLE == _SAMPLE - 1:
             self._notice(entry, call)
         try:
@@ -319,8 +322,25 @@ class Dispatcher:
             )
         self.cache.build_seconds += entry.build_seconds
         if self.settings.backend is not None and not entry.is_generic:
-            self._compile(entry, self.settings.backend)
+            if self.settings.compile_after:
+                entry.compile_at = self.settings.compile_after - 1
+            else:
+                self._compile(entry, self.settings.backend)
         return entry
+
+    def _compile_hot(self, entry: Specialization, count: int) -> None:
+        """Let the backend take over an entry that was called often enough.
+
+        In the thread of the call: while AOTAutograd traces, it keeps the state of torch's random generator and puts it
+        back, which in another thread would undo what this one draws meanwhile.
+        """
+        if ambient_module.saved_tensor_hooks() is not None:
+            entry.compile_at = -1  # a checkpoint will run this call again, and compares what both runs save
+        elif count >= entry.compile_at and self.settings.backend is not None:
+            with self.cache.building:
+                if entry.compile_at >= 0:
+                    entry.compile_at = -1
+                    self._compile(entry, self.settings.backend)
 
     def _compile(self, entry: Specialization, backend: Backend) -> None:
         """Let ``backend`` run ``entry``. (Not generic code: the sizes that it is for come rarely.)"""

@@ -1,5 +1,5 @@
-"""The backend ``lazy_einsum`` of ``torch.compile``: Dynamo captures graphs and checks that they hold, the passes rewrite
-them, Inductor or another backend generates code.
+"""The backend ``lazy_einsum`` of ``torch.compile``: Dynamo captures graphs and checks that they hold, the passes
+rewrite them, Inductor or another backend generates code.
 
 No pass sees a symbol of Dynamo's: they run on the sizes of the first call, and what they write holds for all sizes of
 the same ranks. So a plan forces no new capture.
