@@ -1,13 +1,12 @@
 """The backend ``lazy_einsum`` of ``torch.compile``: Dynamo captures graphs and checks that they hold, the passes
 rewrite them, Inductor or another backend generates code.
 
-No pass sees a symbol of Dynamo's: they run on the sizes of the first call, and what they write holds for all sizes of
-the same ranks. So a plan forces no new capture.
+No pass sees a symbol of Dynamo's: they run on the sizes of the first call, and where Dynamo has symbols, what they
+write holds for all sizes of the same ranks. So a plan forces no new capture.
 """
 
 from __future__ import annotations
 
-import functools
 import types
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -21,13 +20,14 @@ from .backends import as_torch_compile_does
 from .errors import BackendWarning, LazyEinsumError
 from .fakes import fake_mode
 from .functional import EfficientShapeProp, keep_layouts, put_back
-from .graph import Facts, copy_graph, facts, stamp
+from .graph import EVERYTHING, Facts, copy_graph, facts, stamp, writes
 from .passes import PASSES, Options
 from .passes.choose_paths import choose_paths
 from .plan import check_optimize
 
 _OWN = ("backend", "optimize", "memory_limit", "reassociate")
 _UNKNOWN_SIZE = 64  # stands for a size of which nothing is known
+_SYMBOLS = (torch.SymInt, torch.SymFloat, torch.SymBool)
 _MODES = frozenset({"_enter_autocast", "_exit_autocast", "_enter_inference_mode", "_exit_inference_mode"})
 
 
@@ -76,7 +76,8 @@ _DEFAULTS = ("inductor", "auto", None, None)
 
 
 def rewrite(module: fx.GraphModule, example_inputs: Sequence[Any], options: Options) -> fx.Graph:
-    """The graph of ``module`` after all passes that do not bake in sizes; ``module`` stays as it is.
+    """The graph of ``module`` after all passes; ``module`` stays as it is. Where sizes are symbolic, what the passes
+    write holds for all sizes of the same ranks, and the last one, ``lower``, which bakes sizes in, is left out.
 
     Args:
         module: captured by Dynamo, which notes on each placeholder what is known of its values.
@@ -84,30 +85,53 @@ def rewrite(module: fx.GraphModule, example_inputs: Sequence[Any], options: Opti
         options: how to plan.
     """
     graph = copy_graph(module.graph)
+    places = [node for node in graph.nodes if node.op == "placeholder"]
+    given = [node.meta.get("example_value", value) for node, value in zip(places, example_inputs, strict=True)]
+    is_generic = any(map(_is_symbolic, given))
     with fake_mode(allow_non_fake_inputs=True):
-        places = [node for node in graph.nodes if node.op == "placeholder"]
-        examples = [
-            _example(node.meta.get("example_value", given)) for node, given in zip(places, example_inputs, strict=True)
-        ]
+        examples = list(map(_example, given))
     EfficientShapeProp(module, graph=graph).run(*examples)
+    if _writes_shared(graph, places, example_inputs):
+        return graph
     _follow_modes(graph)
-    generic = functools.partial(
-        choose_paths, options.optimize, options.memory_limit, generic=True, saved_limit=options.saved_limit
-    )
     for name, make_pass in PASSES:
-        if name == "lower":  # for certain sizes, and the backend's business
-            continue
-        graph = (generic() if name == "choose_paths" else make_pass(options))(graph)
-    graph = keep_layouts(module, graph, examples)
+        if not is_generic:
+            graph = make_pass(replace(options, exact=True))(graph)
+        elif name == "choose_paths":
+            graph = choose_paths(options.optimize, options.memory_limit, generic=True)(graph)
+        elif name != "lower":
+            graph = make_pass(options)(graph)
+    graph = keep_layouts(module, graph, examples) if is_generic else graph
     for node in graph.nodes:
         node.meta.pop("lazy_einsum", None)
     graph.lint()
     return graph
 
 
+def _is_symbolic(value: Any) -> bool:
+    """Whether ``value`` is a symbol, or a tensor of symbolic sizes."""
+    numbers = (*value.shape, *value.stride()) if isinstance(value, torch.Tensor) else (value,)
+    return any(isinstance(number, _SYMBOLS) for number in numbers)
+
+
+def _writes_shared(graph: fx.Graph, places: Sequence[fx.Node], example_inputs: Sequence[Any]) -> bool:
+    """Whether the graph writes to an input that shares memory with another: passes take these for separate. (Whether it
+    is so at later calls too, nobody checks: torch.compile has that limit with any backend.)
+    """
+    written = {number for node in graph.nodes for number in writes(node)}
+    storages = [value.untyped_storage()._cdata if isinstance(value, torch.Tensor) else None for value in example_inputs]
+    return any(
+        known is not None
+        and (known.storage in written or EVERYTHING in written)
+        and storage is not None
+        and storages.count(storage) > 1
+        for known, storage in zip(map(facts, places), storages, strict=True)
+    )
+
+
 def _example(known: Any) -> Any:
     """An input like ``known``, of plain sizes and without data."""
-    if isinstance(known, (torch.SymInt, torch.SymFloat, torch.SymBool)):
+    if isinstance(known, _SYMBOLS):
         return _hint(known)
     if not isinstance(known, torch.Tensor):
         return known
@@ -118,7 +142,7 @@ def _example(known: Any) -> Any:
 
 def _hint(size: Any) -> Any:
     """What a symbolic size was in the first call. (Asking for its value, the public way, would make it a constant.)"""
-    if not isinstance(size, (torch.SymInt, torch.SymFloat, torch.SymBool)):
+    if not isinstance(size, _SYMBOLS):
         return size
     return size.node.hint if size.node.has_hint() else _UNKNOWN_SIZE
 
