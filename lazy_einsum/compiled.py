@@ -129,9 +129,14 @@ def _example(node: fx.Node) -> torch.Tensor:
     """
     known = type_of(node)
     assert known is not None
-    example = make_fake(replace(known, is_inference=False))
+    example = make_fake(replace(known, requires_grad=False, is_leaf=True, is_inference=False))
     with torch.no_grad():
-        example.detach().zero_()
+        example.zero_()
+    if known.requires_grad:
+        example.requires_grad_()
+    if not known.is_leaf:
+        with torch.enable_grad():
+            example = example.view_as(example)
     return example
 
 
