@@ -3,6 +3,7 @@
 from .cache import CacheInfo
 from .contract import einsum
 from .errors import (
+    BackendWarning,
     CacheThrashWarning,
     EquationError,
     FallbackWarning,
@@ -22,6 +23,7 @@ from .specialize import Specialization
 __version__ = "0.1.0"
 
 __all__ = [
+    "BackendWarning",
     "CacheInfo",
     "CacheThrashWarning",
     "EfficientShapeProp",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import threading
+from collections import Counter as Tally
 from collections import deque
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
@@ -48,10 +49,17 @@ class CacheInfo(_Counts):
         parts: (no item of the tuple) where the child as a whole can't be traced, what became of its submodules, by
             name: ``"specialized"``, ``"nothing to optimize"``, or why it runs as it is.
         fold_bytes: (no item of the tuple) bytes of memory that what was computed once of frozen tensors takes now.
+        tiers: (no item of the tuple) how many of the specializations held now run through what: ``"eager"``, or the
+            name of a backend.
+        backend_failures: (no item of the tuple) specializations that a backend was to run and could not.
+        compile_seconds: (no item of the tuple) time that backends took, in seconds.
     """
 
     parts: Mapping[str, str] = MappingProxyType({})
     fold_bytes: int = 0
+    tiers: Mapping[str, int] = MappingProxyType({})
+    backend_failures: int = 0
+    compile_seconds: float = 0.0
 
 
 class Kind(NamedTuple):
@@ -122,6 +130,7 @@ class Cache(LRUCache[Signature, Specialization]):
         families: what is known of calls that differ in sizes only.
         recent: by shapes of the positional arguments, what served them last.
         reasons: why calls ran as they are, in the order in which that came up.
+        backend_reasons: why specializations ran as eager where a backend was to run them.
         parts: what became of submodules, by name.
         folds: what its specializations computed once.
     """
@@ -134,6 +143,7 @@ class Cache(LRUCache[Signature, Specialization]):
         self.families: LRUCache[Hashable, Family] = LRUCache(1024)
         self.recent: dict[Hashable, Specialization] = {}
         self.reasons: dict[str, None] = {}
+        self.backend_reasons: dict[str, None] = {}
         self.parts: dict[str, str] = {}
         self.folds = Folds()
         self.past_hits = 0
@@ -141,6 +151,8 @@ class Cache(LRUCache[Signature, Specialization]):
         self.evictions = 0
         self.fallbacks = Counter()
         self.build_seconds = 0.0
+        self.backend_failures = 0
+        self.compile_seconds = 0.0
         self.warned = False
         self._clock = itertools.count(1)
 
@@ -253,6 +265,9 @@ class Cache(LRUCache[Signature, Specialization]):
         )
         info.parts = MappingProxyType(dict(self.parts))
         info.fold_bytes = self.folds.nbytes
+        info.tiers = MappingProxyType(dict(Tally(entry.tier for entry in self.values())))
+        info.backend_failures = self.backend_failures
+        info.compile_seconds = self.compile_seconds
         return info
 
 

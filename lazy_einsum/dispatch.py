@@ -7,7 +7,9 @@ a miss: build (generic code, once sizes are seen to vary), store, run. What can'
 from __future__ import annotations
 
 import logging
+import time
 import warnings
+import weakref
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -19,8 +21,10 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from . import ambient as ambient_module
+from .backends import EAGER, Backend
 from .cache import Cache, Family, Kind
-from .errors import CacheThrashWarning, FallbackWarning, UntraceableError
+from .compiled import NotCompilableError, compile_entry
+from .errors import BackendWarning, CacheThrashWarning, FallbackWarning, UntraceableError
 from .generic import comparable, generalize, numbers_that_vary, places_of, values_of
 from .live import Caller, LiveCallChanged, direct_call, has_own_call, is_compiled, is_part, plain_call
 from .passes import Options
@@ -59,6 +63,8 @@ class Settings:
     verify: bool
     dynamic: bool | None
     is_frozen: Callable[[str], bool]
+    backend: Backend | None = None
+    compile_after: int = 0
 
 
 class Call(NamedTuple):
@@ -155,6 +161,8 @@ class Dispatcher:
 
     def _run(self, entry: Specialization, values: tuple[Any, ...], call: Call) -> Any:
         count = entry.add_hit()
+        if entry.compile_at >= 0:
+            self._compile_hot(entry, count)
         if entry.is_generic and count % _SAMPLE == _SAMPLE - 1:
             self._notice(entry, call)
         try:
@@ -313,7 +321,52 @@ class Dispatcher:
                 self.cache.folds,
             )
         self.cache.build_seconds += entry.build_seconds
+        if self.settings.backend is not None and not entry.is_generic:
+            if self.settings.compile_after:
+                entry.compile_at = self.settings.compile_after - 1
+            else:
+                self._compile(entry, self.settings.backend)
         return entry
+
+    def _compile_hot(self, entry: Specialization, count: int) -> None:
+        """Let the backend take over an entry that was called often enough.
+
+        In the thread of the call: while AOTAutograd traces, it keeps the state of torch's random generator and puts it
+        back, which in another thread would undo what this one draws meanwhile.
+        """
+        if ambient_module.saved_tensor_hooks() is not None:
+            entry.compile_at = -1  # a checkpoint will run this call again, and compares what both runs save
+        elif count >= entry.compile_at and self.settings.backend is not None:
+            with self.cache.building:
+                if entry.compile_at >= 0:
+                    entry.compile_at = -1
+                    self._compile(entry, self.settings.backend)
+
+    def _compile(self, entry: Specialization, backend: Backend) -> None:
+        """Let ``backend`` run ``entry``. (Not generic code: the sizes that it is for come rarely.)"""
+        start = time.perf_counter()
+        try:
+            entry.run = compile_entry(entry, backend, partial(_give_up, weakref.ref(self), weakref.ref(entry)))
+            entry.tier = backend.name
+        except NotCompilableError as error:
+            self.run_as_eager(entry, error)
+        self.cache.compile_seconds += time.perf_counter() - start
+
+    def run_as_eager(self, entry: Specialization, error: NotCompilableError) -> None:
+        """From now on ``entry`` runs without a backend; say so once for each reason."""
+        cache = self.cache
+        with cache.lock:
+            if entry.reason:
+                return
+            entry.run, entry.tier, entry.reason = entry.eager(), EAGER, str(error)
+            cache.backend_failures += 1
+            new = error.reason not in cache.backend_reasons
+            cache.backend_reasons[error.reason] = None
+        assert self.settings.backend is not None
+        text = f"{entry.signature} runs as eager code, not through {self.settings.backend.name}: {error}"
+        logger.info("%s", text)
+        if new:
+            warnings.warn(text, BackendWarning, stacklevel=users_stacklevel())
 
     def _is_leaf(self, module: nn.Module, name: str) -> bool:
         return self.settings.is_leaf(module, self._qualified(name))
@@ -476,6 +529,15 @@ class Dispatcher:
         object.__setattr__(stand_in, "__dict__", child.__dict__)
         object.__setattr__(stand_in, "_lazy_einsum", (self, child))
         return stand_in
+
+
+def _give_up(
+    dispatcher: weakref.ref[Dispatcher], entry: weakref.ref[Specialization], error: NotCompilableError
+) -> None:
+    """Let an entry run without its backend. (Weakly: a compiled function may be kept for longer than its cache.)"""
+    owner, given_up = dispatcher(), entry()
+    if owner is not None and given_up is not None:
+        owner.run_as_eager(given_up, error)
 
 
 def _as_for(signature: Signature, other: Signature) -> Signature:

@@ -35,5 +35,9 @@ class FallbackWarning(LazyEinsumWarning):
     """A module, or a part of it, runs as it is because it could not be traced."""
 
 
+class BackendWarning(LazyEinsumWarning):
+    """Specialized code runs as generated Python code that calls torch, because its backend can't run it."""
+
+
 class CacheThrashWarning(LazyEinsumWarning):
     """Specializations are evicted as fast as they are built."""

@@ -90,7 +90,7 @@ def optimize_einsums_full(
         place_scalars(),
     ):
         graph = run(graph)
-    graph = _keep_layouts(root, graph, example_inputs)
+    graph = keep_layouts(root, graph, example_inputs)
     _show_types(graph)
     graph.lint()
     if isinstance(model, fx.Graph):
@@ -140,7 +140,8 @@ def fuse_einsums(graph: fx.Graph, in_place: bool = False) -> fx.Graph:
         einsum_1 = torch.functional.einsum('ab,bc,ad->a', x, y, x);  x = y = None
         return einsum_1
     """
-    return _result(graph, fuse_einsums_pass()(graph), in_place)
+    new = fuse_einsums_pass()(graph)
+    return put_back(graph, new) if in_place else new
 
 
 def fuse_scalars(graph: fx.Graph, in_place: bool = False) -> fx.Graph:
@@ -160,7 +161,8 @@ def fuse_scalars(graph: fx.Graph, in_place: bool = False) -> fx.Graph:
         mul = einsum * 0.875;  einsum = None
         return mul
     """
-    return _result(graph, place_scalars()(fuse_scalars_pass()(graph)), in_place)
+    new = place_scalars()(fuse_scalars_pass()(graph))
+    return put_back(graph, new) if in_place else new
 
 
 def jitable(obj: _Obj) -> _Obj:
@@ -383,7 +385,7 @@ def _choose_paths(contract_kwargs: Mapping[str, Any]) -> Callable[[fx.Graph], fx
     return run
 
 
-def _keep_layouts(root: nn.Module, graph: fx.Graph, example_inputs: Sequence[Any]) -> fx.Graph:
+def keep_layouts(root: nn.Module, graph: fx.Graph, example_inputs: Sequence[Any]) -> fx.Graph:
     """``graph`` with the strides put right where something other than an einsum may notice (``view``).
 
     After fusing and planning, ``torch.einsum`` may lay out a result otherwise than before.
@@ -431,10 +433,8 @@ _LAYOUT_CALLS = COPIES_AT_NEED | frozenset(
 )
 
 
-def _result(graph: fx.Graph, new: fx.Graph, in_place: bool) -> fx.Graph:
-    """``new``, or ``graph`` with the contents of ``new``."""
-    if not in_place:
-        return new
+def put_back(graph: fx.Graph, new: fx.Graph) -> fx.Graph:
+    """``graph`` with the contents of ``new``, which is a copy of it that was changed; its placeholders stay."""
     kept = [node for node in graph.nodes if node.op == "placeholder"]
     for node in reversed(list(graph.nodes)):
         if node.op != "placeholder":

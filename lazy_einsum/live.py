@@ -43,7 +43,7 @@ class LiveCall:
         self.__name__ = "live_call"
         self.__qualname__ = "live_call"
         self.__module__ = __name__
-        self._name = name
+        self.name = name
         self._types = types
         self._caller = caller
 
@@ -54,11 +54,11 @@ class LiveCall:
         flatten(result, found)
         for value in found:
             if isinstance(value, torch.Tensor) and type(value) not in (torch.Tensor, nn.Parameter):
-                raise LiveCallChanged(f"{self._name} gave a {type(value).__name__}, a subclass of torch.Tensor")
+                raise LiveCallChanged(f"{self.name} gave a {type(value).__name__}, a subclass of torch.Tensor")
         tensors = tuple(TensorType.of(value) for value in found if isinstance(value, torch.Tensor))
         if tuple(map(_comparable, tensors)) != tuple(map(_comparable, self._types)):
             raise LiveCallChanged(
-                f"{self._name} gave {', '.join(map(str, tensors))}, expected {', '.join(map(str, self._types))} (a "
+                f"{self.name} gave {', '.join(map(str, tensors))}, expected {', '.join(map(str, self._types))} (a "
                 "hook may have changed its result)"
             )
         return result

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from . import ambient as ambient_module
+from .backends import find_backend
 from .cache import Cache, CacheInfo
 from .dispatch import Settings
 from .distributed import holds_sharded
@@ -102,7 +103,12 @@ class OptimizedModule(nn.Module):
         optimize: how to find contraction orders: ``"auto"``, or what ``opt_einsum.contract_path`` takes (a name, a
             ``PathOptimizer``, a callable).
         memory_limit: no intermediate of a contraction is larger: bytes, or text as ``"512MiB"``.
-        backend: what runs the optimized code; ``"eager"``.
+        backend: what runs the optimized code: ``"eager"`` (generated Python code that calls torch), ``"inductor"`` or
+            any other name that ``torch.compile`` takes, or a callable ``(graph_module, example_inputs) -> callable``.
+            What it can't run, runs as ``"eager"``, with one ``BackendWarning``.
+        backend_options: ``mode`` and ``options`` of the backend, as ``torch.compile`` takes them.
+        compile_after: so many calls of each signature run as ``"eager"`` before the backend is asked: what comes rarely
+            never waits for a compiler.
         on_untraceable: what to do with a call that can't be traced, after which the child runs as it is: ``"warn"``
             (once for each reason), ``"ignore"``, or ``"raise"``.
         leaf_modules: types or qualified names of submodules that stay live calls and are not traced through.
@@ -147,6 +153,8 @@ class OptimizedModule(nn.Module):
         verify: bool = False,
         dynamic: bool | None = None,
         saved_limit: float | None = SAVED_LIMIT,
+        backend_options: Mapping[str, Any] | None = None,
+        compile_after: int = 0,
     ) -> None:
         if not callable(module):
             raise TypeError(f"OptimizedModule wraps an nn.Module or a callable, got {type(module).__name__}")
@@ -154,8 +162,8 @@ class OptimizedModule(nn.Module):
             raise ValueError(f"maxsize must be an integer of at least 1, got {maxsize!r}")
         if on_untraceable not in _ON_UNTRACEABLE:
             raise ValueError(f"on_untraceable must be one of {_ON_UNTRACEABLE}, got {on_untraceable!r}")
-        if backend != "eager":
-            raise ValueError(f"backend must be 'eager', got {backend!r}; other backends are not supported yet")
+        if isinstance(compile_after, bool) or not isinstance(compile_after, int) or compile_after < 0:
+            raise ValueError(f"compile_after must be an integer of at least 0, got {compile_after!r}")
         for name, value in (("reassociate", reassociate), ("dynamic", dynamic)):
             if value not in (None, True, False):
                 raise ValueError(f"{name} must be None, True or False, got {value!r}")
@@ -177,6 +185,8 @@ class OptimizedModule(nn.Module):
             "verify": verify,
             "dynamic": dynamic,
             "saved_limit": saved_limit,
+            "backend_options": dict(backend_options or {}),
+            "compile_after": compile_after,
         }
         own: dict[str, Any] = {"module": module, "_settings": settings, "_dispatcher": _dispatcher(module, settings)}
         # Not in __new__, which would hide the options from those who ask for the signature of the class.
@@ -419,6 +429,8 @@ def _dispatcher(module: Any, settings: Mapping[str, Any]) -> WholeDispatcher:
         settings["verify"],
         settings["dynamic"],
         _frozen_test(module, settings["frozen"]),
+        find_backend(settings["backend"], settings["backend_options"]),
+        settings["compile_after"],
     )
     return WholeDispatcher("", chosen, Cache(settings["maxsize"]))
 

@@ -202,16 +202,20 @@ class PartDispatcher(Dispatcher):
     def build(self, call: Call, kind: Kind, on_stage: OnStage | None = None) -> tuple[Specialization, tuple[Any, ...]]:
         """Make code for a call, and note where that is not worth it."""
         entry, values = super().build(call, kind, on_stage)
-        if not _is_worth_it(entry):
+        if not self._is_worth_it(entry):
             self._idle.add(_likeness(call.child, call.args, call.kwargs))
         return entry, values
 
     def store(self, entry: Specialization) -> None:
         """Keep ``entry`` where that is worth it."""
         with self.cache.lock:
-            self.cache.parts[self.name] = SPECIALIZED if _is_worth_it(entry) else IDLE
-        if _is_worth_it(entry):
+            self.cache.parts[self.name] = SPECIALIZED if self._is_worth_it(entry) else IDLE
+        if self._is_worth_it(entry):
             super().store(entry)
+
+    def _is_worth_it(self, entry: Specialization) -> bool:
+        """Whether passes found anything to do, or a backend may."""
+        return self.settings.backend is not None or entry.stages["trace"] != entry.code
 
     def fall_back(self, call: Call, error: UntraceableError | None, kind: Kind | None) -> Any:
         """Run the submodule itself: its own submodules may still be specialized. Where the whole runs in parts too,
@@ -233,11 +237,6 @@ class PartDispatcher(Dispatcher):
         whole = self._whole()
         assert whole is not None  # it is being called
         return whole.hooked_part(self._qualified(name))
-
-
-def _is_worth_it(entry: Specialization) -> bool:
-    """Whether passes found anything to do."""
-    return entry.stages["trace"] != entry.code
 
 
 def _likeness(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Hashable:

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from .backends import EAGER
+
 if TYPE_CHECKING:
     from .cache import CacheInfo
     from .specialize import Specialization
@@ -40,6 +42,8 @@ class Report:
         lines += [f"{name}: {state}" for name, state in cache.parts.items()]
         for entry in self.specializations:
             lines += ["", f"{entry.signature}", f"  {entry.hits} hits, built in {entry.build_seconds * 1e3:.1f} ms"]
+            if entry.tier != EAGER or entry.reason:
+                lines.append(f"  runs through {entry.tier}" + (f": {entry.reason}" if entry.reason else ""))
             for plan in entry.plans:
                 lines += ["  " + line for line in str(plan).splitlines()]
             for kept in entry.folds:
@@ -55,12 +59,16 @@ class Report:
             "cache": self.cache._asdict(),
             "parts": dict(self.cache.parts),
             "fold_bytes": self.cache.fold_bytes,
+            "tiers": dict(self.cache.tiers),
+            "backend_failures": self.cache.backend_failures,
             "reasons": list(self.reasons),
             "specializations": [
                 {
                     "signature": str(entry.signature),
                     "hits": entry.hits,
                     "build_seconds": entry.build_seconds,
+                    "tier": entry.tier,
+                    "reason": entry.reason,
                     "plans": [
                         {
                             "equation": str(plan.spec),

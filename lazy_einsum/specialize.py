@@ -18,6 +18,7 @@ from cachetools import LRUCache
 from torch import fx, nn
 
 from . import ambient as ambient_module
+from .backends import EAGER
 from .counter import Counter
 from .errors import LazyEinsumError, MemoryLimitError, UntraceableError
 from .folds import Fold, Folds, Kept
@@ -105,6 +106,25 @@ WRITTEN = "written memory"
 """The part of a signature's state that says whether inputs share memory that is written."""
 
 
+@dataclass(frozen=True, slots=True)
+class Source:
+    """What the code of a specialization is made of.
+
+    Attributes:
+        graph: what is computed; ``get_attr`` nodes for what is read of the module.
+        state: the targets of these, in the order of the code's arguments.
+        finish: gives the code what a graph can't say, see ``finish``.
+        switches_modes: whether it enters other modes than the grad mode.
+        overlapping: whether it is for calls in which inputs share memory that is written.
+    """
+
+    graph: fx.Graph
+    state: tuple[str, ...]
+    finish: Callable[[Callable[..., Any]], Callable[..., Any]]
+    switches_modes: bool
+    overlapping: bool
+
+
 class Specialization:
     """The code for one signature.
 
@@ -117,6 +137,10 @@ class Specialization:
         exceptions: values of its symbols that it leaves to others.
         guard: ``(module, args, kwargs) -> values``, or ``None`` for a call that it can't serve.
         run: what is called with these values.
+        source: what that is made of.
+        tier: what runs it: ``"eager"``, or the name of a backend.
+        reason: why no backend runs it, where one is to; an empty string where that is not known.
+        compile_at: number of the hit at which a backend is to take over.
         used: when it was used last, in calls of its cache.
         folds: what it computes once, of frozen tensors only.
     """
@@ -129,15 +153,19 @@ class Specialization:
         "_state",
         "add_hit",
         "build_seconds",
+        "compile_at",
         "counter",
         "exceptions",
         "folds",
         "guard",
         "is_generic",
         "plans",
+        "reason",
         "run",
         "signature",
+        "source",
         "stages",
+        "tier",
         "used",
     )
 
@@ -149,7 +177,7 @@ class Specialization:
         stages: Mapping[str, str],
         plans: tuple[Plan, ...],
         guard: Guard,
-        run: Callable[..., Any],
+        source: Source,
         state: Mapping[str, Path],
         module: Any,
         build_seconds: float,
@@ -165,7 +193,9 @@ class Specialization:
         self.is_generic = bool(signature.arguments.symbols)
         self.exceptions = exceptions
         self.guard = guard
-        self.run = run
+        self.source = source
+        self.tier, self.reason, self.compile_at = EAGER, "", -1
+        self.run = self.eager()
         self.used = 0
         self.folds = folds
         self._record = record
@@ -173,6 +203,10 @@ class Specialization:
         self._state = state
         # Weakly: a specialization must not keep the child's tensors alive.
         self._module = weakref.ref(module) if isinstance(module, nn.Module) else lambda: module
+
+    def eager(self) -> Callable[..., Any]:
+        """The code as a function that calls torch."""
+        return self.source.finish(compile_graph(self.source.graph, self.source.state))
 
     @property
     def hits(self) -> int:
@@ -252,29 +286,52 @@ def compile_graph(graph: fx.Graph, state: Sequence[str]) -> Callable[..., Any]:
     >>> compile_graph(fx.symbolic_trace(lambda x: x + 1).graph, ())(1)
     2
     """
+    return as_function(lift(graph, state))
+
+
+def lift(graph: fx.Graph, state: Sequence[str]) -> fx.Graph:
+    """``graph`` with placeholders in the place of its ``get_attr`` nodes, behind its own, in the order of ``state``."""
     lifted = fx.Graph()
     environment: dict[fx.Node, fx.Node] = {}
     for node in graph.nodes:
         if node.op == "placeholder":
             environment[node] = lifted.placeholder(node.name)
+            environment[node].meta = dict(node.meta)
     names = {target: lifted.placeholder(f"state_{number}") for number, target in enumerate(state)}
     for node in graph.nodes:
         if node.op == "placeholder":
             continue
         if node.op == "get_attr":
             environment[node] = names[str(node.target)]
+            environment[node].meta = dict(node.meta)
         else:
             environment[node] = lifted.node_copy(node, environment.__getitem__)
-    code = lifted.python_code("self")
+    return lifted
+
+
+def as_function(graph: fx.Graph, shared: bool = True) -> Callable[..., Any]:
+    """A plain function of the placeholders of a graph that has no ``get_attr`` nodes.
+
+    Args:
+        graph: what to compute.
+        shared: whether equal code gives the same function, which is then kept.
+    """
+    code = graph.python_code("self")
+    if not shared:
+        return _define(code.src, code.globals, "<lazy_einsum>")
     key = (code.src, tuple((name, id(value)) for name, value in sorted(code.globals.items())))
     with _functions_lock:
         found = _functions.get(key)
         if found is None:
-            scope = dict(code.globals)
-            exec(compile(code.src, f"<lazy_einsum {len(_functions)}>", "exec"), scope)
-            # The parameter ``self`` of fx's generated code is not used: state comes in as arguments.
-            found = _functions[key] = partial(scope["forward"], None)
+            found = _functions[key] = _define(code.src, code.globals, f"<lazy_einsum {len(_functions)}>")
         return found
+
+
+def _define(text: str, names: Mapping[str, Any], file: str) -> Callable[..., Any]:
+    scope = dict(names)
+    exec(compile(text, file, "exec"), scope)
+    # The parameter ``self`` of fx's generated code is not used: state comes in as arguments.
+    return partial(scope["forward"], None)
 
 
 def specialize(
@@ -341,7 +398,8 @@ def specialize(
     targets = [str(node.target) for node in graph.nodes if node.op == "get_attr"]
     state = {target: traced.state[target] for target in dict.fromkeys(targets)}
     kept, code = keep_folds(graph, folds, ambient) if folds is not None else ((), graph)
-    run = finish(compile_graph(code, tuple(state)), traced, dict(ambient)["grad"])
+    complete = partial(finish, traced=traced, grad=dict(ambient)["grad"])
+    source = Source(code, tuple(state), complete, traced.switches_modes, overlapping)
     overlap = None
     if any(traced.writes):
         overlap = partial(shares_written if overlapping else shares_nothing_written, traced.writes)
@@ -353,7 +411,7 @@ def specialize(
     signature = Signature(arguments, ambient, reads, name, conditions)
     seconds = time.perf_counter() - start
     return Specialization(
-        signature, traced.graph, graph, stages, plans, guard, run, state, module, seconds, exceptions, kept
+        signature, traced.graph, graph, stages, plans, guard, source, state, module, seconds, exceptions, kept
     )
 
 

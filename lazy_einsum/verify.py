@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .backends import EAGER
 from .data import flatten
 from .errors import LazyEinsumError
 from .record import Trace
@@ -76,10 +77,11 @@ class Verifier:
         raise LazyEinsumError(
             f"{type(self._child).__name__}{entry.signature}: the specialized code gives another result than the "
             f"module itself: {difference}; "
-            f"the first stage that does is {self._first_wrong(expected, inputs)!r} (see specializations[...].stages)"
+            f"the first stage that does is {self._first_wrong(entry, expected, inputs)!r} (see "
+            "specializations[...].stages)"
         )
 
-    def _first_wrong(self, expected: list[Any], inputs: tuple[Any, ...]) -> str:
+    def _first_wrong(self, entry: Specialization, expected: list[Any], inputs: tuple[Any, ...]) -> str:
         for stage, traced in self._stages:
             self._restore()
             targets = [str(node.target) for node in stage.graph.nodes if node.op == "get_attr"]
@@ -91,7 +93,7 @@ class Verifier:
 
             if _difference(expected, self._observe(stage_run)) is not None:
                 return stage.name
-        return "compile"
+        return "compile" if entry.tier == EAGER else f"backend {entry.tier!r}"
 
     def _observe(self, function: Callable[[], Any]) -> list[Any]:
         """Copies of what ``function`` returns and of what it leaves in the tensors it may write."""

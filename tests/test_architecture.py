@@ -14,6 +14,7 @@ PACKAGE = Path(lazy_einsum.__file__).parent
 #: A module imports those of lower ranks only. Ranks are the order in which the code can be read, from the bottom.
 RANKS = {
     "errors": 0,
+    "backends": 0,
     "sizes": 0,
     "counter": 0,
     "where": 0,
@@ -63,12 +64,14 @@ RANKS = {
     "tracing": 7,
     "witness": 4,
     "specialize": 8,
+    "compiled": 9,
     "verify": 9,
     "cache": 9,
     "report": 10,
     "contract": 9,
     "functional": 9,
     "dispatch": 10,
+    "dynamo": 10,
     "parts": 11,
     "module": 12,
     "__init__": 13,

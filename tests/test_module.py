@@ -601,7 +601,7 @@ def test_prepare_and_explain() -> None:
         ({"maxsize": 0}, ValueError, "maxsize"),
         ({"maxsize": 2.5}, ValueError, "maxsize"),
         ({"on_untraceable": "shrug"}, ValueError, "on_untraceable"),
-        ({"backend": "tvm"}, ValueError, "backend"),
+        ({"backend": "nothing"}, ValueError, "backend"),
         ({"frozen": ["w"]}, ValueError, "frozen"),
         ({"leaf_modules": [3]}, TypeError, "leaf_modules"),
         ({"optimize": "best"}, ValueError, "optimize"),

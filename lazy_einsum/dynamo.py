@@ -1,0 +1,205 @@
+"""The backend ``lazy_einsum`` of ``torch.compile``: Dynamo captures graphs and checks that they hold, the passes
+rewrite them, Inductor or another backend generates code.
+
+No pass sees a symbol of Dynamo's: they run on the sizes of the first call, and where Dynamo has symbols, what they
+write holds for all sizes of the same ranks. So a plan forces no new capture.
+"""
+
+from __future__ import annotations
+
+import types
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import fx
+
+from .backends import as_torch_compile_does
+from .errors import BackendWarning, LazyEinsumError
+from .fakes import fake_mode
+from .functional import EfficientShapeProp, keep_layouts, put_back
+from .graph import EVERYTHING, Facts, copy_graph, facts, stamp, writes
+from .passes import PASSES, Options
+from .passes.choose_paths import choose_paths
+from .plan import check_optimize
+
+_OWN = ("backend", "optimize", "memory_limit", "reassociate")
+_UNKNOWN_SIZE = 64  # stands for a size of which nothing is known
+_SYMBOLS = (torch.SymInt, torch.SymFloat, torch.SymBool)
+_MODES = frozenset({"_enter_autocast", "_exit_autocast", "_enter_inference_mode", "_exit_inference_mode"})
+
+
+def compile_captured(
+    module: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    mode: str | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> Callable[..., Any]:
+    """What ``torch.compile(model, backend="lazy_einsum")`` calls with each graph that it captures.
+
+    Args:
+        module: the graph.
+        example_inputs: its inputs in the call that is being captured.
+        mode: goes to the backend that generates code.
+        options: ``backend`` (what generates code: ``"inductor"``, or what ``torch.compile`` takes), ``optimize``,
+            ``memory_limit`` in bytes and ``reassociate`` as ``OptimizedModule`` has them; all others go to the backend
+            that generates code.
+
+    Returns:
+        A function of the graph's inputs.
+
+    Raises:
+        ValueError: an option is none of these.
+    """
+    given = dict(options or {})
+    backend, optimize, limit, reassociate = (given.pop(name, default) for name, default in zip(_OWN, _DEFAULTS))
+    check_optimize(optimize)
+    generate = as_torch_compile_does(backend, mode, given)
+    try:
+        put_back(module.graph, rewrite(module, example_inputs, Options(optimize, limit, reassociate)))
+        module.recompile()
+    except LazyEinsumError:
+        raise
+    except Exception as error:  # the graph as it was captured is right too
+        warnings.warn(
+            f"a graph that torch.compile captured is compiled as it is: {type(error).__name__}: {error}",
+            BackendWarning,
+            stacklevel=2,
+        )
+    return generate(module, list(example_inputs))
+
+
+_DEFAULTS = ("inductor", "auto", None, None)
+
+
+def rewrite(module: fx.GraphModule, example_inputs: Sequence[Any], options: Options) -> fx.Graph:
+    """The graph of ``module`` after all passes; ``module`` stays as it is. Where sizes are symbolic, what the passes
+    write holds for all sizes of the same ranks, and the last one, ``lower``, which bakes sizes in, is left out.
+
+    Args:
+        module: captured by Dynamo, which notes on each placeholder what is known of its values.
+        example_inputs: those of the first call.
+        options: how to plan.
+    """
+    graph = copy_graph(module.graph)
+    places = [node for node in graph.nodes if node.op == "placeholder"]
+    given = [node.meta.get("example_value", value) for node, value in zip(places, example_inputs, strict=True)]
+    is_generic = any(map(_is_symbolic, given))
+    with fake_mode(allow_non_fake_inputs=True):
+        examples = list(map(_example, given))
+    EfficientShapeProp(module, graph=graph).run(*examples)
+    if _writes_shared(graph, places, example_inputs):
+        return graph
+    _follow_modes(graph)
+    for name, make_pass in PASSES:
+        if not is_generic:
+            graph = make_pass(replace(options, exact=True))(graph)
+        elif name == "choose_paths":
+            graph = choose_paths(options.optimize, options.memory_limit, generic=True)(graph)
+        elif name != "lower":
+            graph = make_pass(options)(graph)
+    graph = keep_layouts(module, graph, examples) if is_generic else graph
+    for node in graph.nodes:
+        node.meta.pop("lazy_einsum", None)
+    graph.lint()
+    return graph
+
+
+def _is_symbolic(value: Any) -> bool:
+    """Whether ``value`` is a symbol, or a tensor of symbolic sizes."""
+    numbers = (*value.shape, *value.stride()) if isinstance(value, torch.Tensor) else (value,)
+    return any(isinstance(number, _SYMBOLS) for number in numbers)
+
+
+def _writes_shared(graph: fx.Graph, places: Sequence[fx.Node], example_inputs: Sequence[Any]) -> bool:
+    """Whether the graph writes to an input that shares memory with another: passes take these for separate. (Whether it
+    is so at later calls too, nobody checks: torch.compile has that limit with any backend.)
+    """
+    written = {number for node in graph.nodes for number in writes(node)}
+    storages = [value.untyped_storage()._cdata if isinstance(value, torch.Tensor) else None for value in example_inputs]
+    return any(
+        known is not None
+        and (known.storage in written or EVERYTHING in written)
+        and storage is not None
+        and storages.count(storage) > 1
+        for known, storage in zip(map(facts, places), storages, strict=True)
+    )
+
+
+def _example(known: Any) -> Any:
+    """An input like ``known``, of plain sizes and without data."""
+    if isinstance(known, _SYMBOLS):
+        return _hint(known)
+    if not isinstance(known, torch.Tensor):
+        return known
+    shape, stride = tuple(map(_hint, known.shape)), tuple(map(_hint, known.stride()))
+    example = torch.empty_strided(shape, stride, dtype=known.dtype, device=known.device)
+    return torch.nn.Parameter(example, known.requires_grad) if isinstance(known, torch.nn.Parameter) else example
+
+
+def _hint(size: Any) -> Any:
+    """What a symbolic size was in the first call. (Asking for its value, the public way, would make it a constant.)"""
+    if not isinstance(size, _SYMBOLS):
+        return size
+    return size.node.hint if size.node.has_hint() else _UNKNOWN_SIZE
+
+
+def _follow_modes(graph: fx.Graph) -> None:
+    """Note on each node the grad mode that it runs in, and whether other modes are switched around it."""
+    grad, depth = torch.is_grad_enabled(), 0
+    movable = not torch._C._is_any_autocast_enabled()
+    for node in graph.nodes:
+        known, name = facts(node) or Facts(), getattr(node.target, "__name__", "")
+        if name == "_set_grad_enabled":
+            grad = bool(node.args[0])
+        depth += (name.startswith("_enter_")) - (name.startswith("_exit_")) if name in _MODES else 0
+        is_switch = name == "_set_grad_enabled" or name in _MODES
+        follows = known.type is not None and grad
+        kept = replace(known.type, requires_grad=known.type.requires_grad and follows) if known.type else None
+        stamp(node, replace(known, type=kept, grad=grad, movable=movable and not depth and not is_switch))
+
+
+# -- einsums while Dynamo captures
+
+
+def plan_by_hints() -> None:
+    """Have ``torch.einsum`` plan symbolic sizes by what they are in the first call.
+
+    Its planner, opt_einsum, compares sizes, and each comparison makes a constant of a symbol: Dynamo captures anew for
+    each batch size. This is so before any backend is called, hence the change to torch's planner, which is for symbolic
+    sizes only. (Switching ``torch.backends.opt_einsum`` off while Dynamo captures, the public way, would leave other
+    threads, and other backends, without plans.)
+    """
+    planner = torch.backends.opt_einsum
+    known = planner.get_opt_einsum()
+    if known is not None and not isinstance(known, _Planner):
+        # What stands in sys.modules has the module itself as ``m``.
+        planner.m._opt_einsum = _Planner(known)  # type: ignore[attr-defined]
+
+
+class _Planner(types.ModuleType):
+    """opt_einsum as torch uses it.
+
+    Args:
+        real: the module itself.
+    """
+
+    def __init__(self, real: types.ModuleType) -> None:
+        super().__init__(real.__name__)
+        self._real = real
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._real, name)
+
+    def contract_path(self, equation: str, *operands: Any, **options: Any) -> Any:
+        """As opt_einsum's; symbolic sizes are taken for what they are in the first call."""
+        if not any(isinstance(size, torch.SymInt) for operand in operands for size in operand.shape):
+            return self._real.contract_path(equation, *operands, **options)
+        shapes = [tuple(map(_hint, operand.shape)) for operand in operands]
+        return self._real.contract_path(equation, *shapes, shapes=True, **options)
+
+
+plan_by_hints()
