@@ -6,7 +6,6 @@ a miss: build (generic code, once sizes are seen to vary), store, run. What can'
 
 from __future__ import annotations
 
-import logging
 import warnings
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
@@ -19,10 +18,12 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from . import ambient as ambient_module
+from . import logs
 from .cache import Cache, Family, Kind
 from .errors import CacheThrashWarning, FallbackWarning, UntraceableError
 from .generic import comparable, generalize, numbers_that_vary, places_of, values_of
 from .live import Caller, LiveCallChanged, direct_call, has_own_call, is_compiled, is_part, plain_call
+from .misses import Miss
 from .passes import Options
 from .record import Trace
 from .signature import Arguments, ForeignTraceError, Signature
@@ -30,8 +31,6 @@ from .specialize import Specialization, Stage, specialize
 from .symbols import NotGenericError
 from .verify import Verifier
 from .where import users_stacklevel
-
-logger = logging.getLogger("lazy_einsum")
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
@@ -237,7 +236,28 @@ class Dispatcher:
     def build(self, call: Call, kind: Kind, on_stage: OnStage | None = None) -> tuple[Specialization, tuple[Any, ...]]:
         """Make code for a call: generic code, where sizes were seen to vary, else for the sizes that came."""
         cache, relatives = self.cache, self.cache.family(kind)
-        cache.misses += 1
+        with cache.lock:
+            cache.misses += 1
+            others = tuple(cache)
+        try:
+            entry, values = self._build(call, kind, on_stage)
+        except UntraceableError as error:
+            wanted = Signature(kind.arguments, kind.ambient, module=self.name)
+            cache.last_misses.append(Miss(call.name, wanted, (), 0.0, str(error)))
+            raise
+        wanted = replace(entry.signature, arguments=kind.arguments)
+        miss = Miss(call.name, wanted, others, entry.build_seconds)
+        cache.last_misses.append(miss)
+        logs.missed(miss)
+        if kind.arguments not in relatives.seen:
+            relatives.seen.append(kind.arguments)
+        relatives.misses += 1
+        self.store(entry)
+        self._warn_of_numbers(call, kind.arguments, relatives)
+        return entry, values
+
+    def _build(self, call: Call, kind: Kind, on_stage: OnStage | None) -> tuple[Specialization, tuple[Any, ...]]:
+        relatives = self.cache.family(kind)
         entry = self._build_generic(call.child, kind, relatives, on_stage)
         values = call.fits(entry) if entry is not None else None
         if entry is not None and values is None:
@@ -250,15 +270,6 @@ class Dispatcher:
             values = call.fits(entry)
         if values is None:
             raise UntraceableError("what the trace read can't be checked at later calls")
-        if logger.isEnabledFor(logging.INFO):
-            reason = self._reason(replace(entry.signature, arguments=kind.arguments))
-            took = entry.build_seconds * 1e3
-            logger.info("%s: miss for %s: %s; built in %.1f ms", call.name, entry.signature, reason, took)
-        if kind.arguments not in relatives.seen:
-            relatives.seen.append(kind.arguments)
-        relatives.misses += 1
-        self.store(entry)
-        self._warn_of_numbers(call, kind.arguments, relatives)
         return entry, values
 
     def _build_generic(
@@ -281,7 +292,7 @@ class Dispatcher:
             except UntraceableError as error:
                 # Also where the call can't be traced at all: that shows when code for its own sizes is made.
                 places = places_of(wanted, error.fixed if isinstance(error, NotGenericError) else frozenset())
-                logger.info("%s: no generic code for %s: %s", type(child).__name__, wanted, error)
+                logs.graph_breaks.info("%s: no generic code for %s: %s", type(child).__name__, wanted, error)
                 if not places:
                     relatives.reason = str(error)
                     return None
@@ -313,6 +324,7 @@ class Dispatcher:
                 self.cache.folds,
             )
         self.cache.build_seconds += entry.build_seconds
+        logs.built(type(child).__name__, entry)
         return entry
 
     def _is_leaf(self, module: nn.Module, name: str) -> bool:
@@ -324,24 +336,6 @@ class Dispatcher:
     def _hooked(self, name: str) -> Caller:
         """What calls a submodule that stays a live call because it has hooks."""
         return direct_call
-
-    def _reason(self, signature: Signature) -> str:
-        """Which part of the key differs from the nearest entry: the one that agrees longest."""
-        with self.cache.lock:
-            others = [_as_for(signature, other) for other in self.cache if other.module == signature.module]
-        if not others:
-            return "first call"
-
-        def agreement(other: Signature) -> tuple[int, int]:
-            same = sum(a == b for a, b in zip(signature.arguments.leaves, other.arguments.leaves, strict=False))
-            same += sum(a == b for a, b in zip(signature.ambient, other.ambient, strict=True))
-            return same, sum(a == b for a, b in zip(signature.state, other.state, strict=False))
-
-        nearest = max(others, key=agreement)
-        found = signature.difference(nearest)
-        if not found and nearest.conditions:
-            found = f"it is not so that {' and '.join(nearest.conditions)}"
-        return found or "the same signature (an entry was dropped)"
 
     def store(self, entry: Specialization) -> None:
         """Keep ``entry``, and warn where entries go as fast as they come."""
@@ -431,7 +425,7 @@ class Dispatcher:
         if not new:
             return
         name = f"{self.name} ({call.name})" if self.name else call.name
-        logger.info("%s runs as it is: %s", name, reason)
+        logs.graph_breaks.info("%s runs as it is: %s", name, reason)
         if self.settings.on_untraceable == "warn":
             warnings.warn(
                 f"{name} runs as it is, not optimized: {reason}{self.describe_parts()}",
@@ -476,13 +470,6 @@ class Dispatcher:
         object.__setattr__(stand_in, "__dict__", child.__dict__)
         object.__setattr__(stand_in, "_lazy_einsum", (self, child))
         return stand_in
-
-
-def _as_for(signature: Signature, other: Signature) -> Signature:
-    """``other``; of generic code, with the arguments of ``signature`` where these are a case of its own."""
-    if other.arguments.symbols and values_of(other.arguments, signature.arguments) is not None:
-        return replace(other, arguments=signature.arguments)
-    return other
 
 
 def _stand_in_class(kind: type[nn.Module], runs_hooks: bool) -> type[nn.Module]:

@@ -47,7 +47,7 @@ class Stage:
     Attributes:
         name: of the pass; the first stage is ``"trace"``.
         graph: runnable as it is.
-        seconds: time the pass took.
+        seconds: time the pass, or the trace, took.
     """
 
     name: str
@@ -70,6 +70,11 @@ class Stages(Mapping[str, str]):
         """Append the next stage."""
         self._stages[stage.name] = stage
 
+    @property
+    def all(self) -> tuple[Stage, ...]:
+        """The stages themselves, in order."""
+        return tuple(self._stages.values())
+
     def __getitem__(self, name: str) -> str:
         return self._stages[name].code
 
@@ -80,14 +85,14 @@ class Stages(Mapping[str, str]):
         return len(self._stages)
 
 
-def run_passes(graph: fx.Graph, options: Options) -> Iterator[Stage]:
-    """The program after each pass, beginning with ``graph`` itself.
+def run_passes(graph: fx.Graph, options: Options, seconds: float = 0.0) -> Iterator[Stage]:
+    """The program after each pass, beginning with ``graph`` itself, which took so many seconds to trace.
 
     Raises:
         MemoryLimitError: no contraction order stays below the limit.
         UntraceableError: a pass fails, or its result is not a well-formed graph; the message names the pass.
     """
-    yield Stage("trace", graph, 0.0)
+    yield Stage("trace", graph, seconds)
     for name, make_pass in (*PASSES[:-1], FOLD, PASSES[-1]) if options.folds else PASSES:
         start = time.perf_counter()
         try:
@@ -146,7 +151,7 @@ class Specialization:
         signature: Signature,
         record: fx.Graph,
         graph: fx.Graph,
-        stages: Mapping[str, str],
+        stages: Stages,
         plans: tuple[Plan, ...],
         guard: Guard,
         run: Callable[..., Any],
@@ -183,6 +188,11 @@ class Specialization:
     def code(self) -> str:
         """The specialized program as Python source; ``self`` is the wrapped module."""
         return self.stages[list(self.stages)[-1]]
+
+    @property
+    def module(self) -> Any:
+        """What it was made for; ``None`` where that is gone."""
+        return self._module()
 
     @property
     def writes_inputs(self) -> bool:
@@ -325,12 +335,14 @@ def specialize(
             found = difference(graph, traced.graph, symbols)
             if found is not None:
                 raise NotGenericError(f"forward does something else for sizes that vary: {found}")
+    trace_seconds = time.perf_counter() - start
     if options.folds:
         mark_frozen(traced.graph, traced.state, traced.reads, name, is_frozen)
     stages = Stages()
     plans: tuple[Plan, ...] = ()
     graph = fused = traced.graph
-    for stage in run_passes(traced.graph, options) if not overlapping else (Stage("trace", graph, 0.0),):
+    stages_of = run_passes(traced.graph, options, trace_seconds)
+    for stage in stages_of if not overlapping else (Stage("trace", graph, trace_seconds),):
         if stage.name == "choose_paths":
             fused = graph
             plans = tuple(find_plans(graph, stage.graph))
