@@ -169,6 +169,18 @@ def profiling() -> bool:
     return profiler._is_profiler_enabled
 
 
+def enter_range(name: str) -> Any:
+    """Let a profiler show what follows under a name, until ``leave_range``."""
+    entered = profiler.record_function(name)
+    entered.__enter__()  # type: ignore[no-untyped-call]
+    return entered
+
+
+def leave_range(entered: Any) -> None:
+    """End a range that ``enter_range`` gave."""
+    entered.__exit__(None, None, None)
+
+
 def no_modes() -> AbstractContextManager[Any]:
     """A context in which no ``TorchDispatchMode`` is active. (Leaving each mode by hand, the public way, would
     have to know all that are active.)

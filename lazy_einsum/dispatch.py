@@ -19,6 +19,7 @@ from torch.nn.parameter import is_lazy
 
 from . import ambient as ambient_module
 from . import logs
+from .ambient import profiling
 from .cache import Cache, Family, Kind
 from .errors import CacheThrashWarning, FallbackWarning, UntraceableError
 from .generic import comparable, generalize, numbers_that_vary, places_of, values_of
@@ -97,8 +98,13 @@ class Call(NamedTuple):
 
     @property
     def name(self) -> str:
-        """The child's class."""
-        return type(self.child).__name__
+        """What the child is called: see ``name_of``."""
+        return name_of(self.child)
+
+
+def name_of(child: Any) -> str:
+    """The class of a module, the name of a function."""
+    return type(child).__name__ if isinstance(child, nn.Module) else getattr(child, "__name__", type(child).__name__)
 
 
 class Dispatcher:
@@ -157,10 +163,16 @@ class Dispatcher:
         if entry.is_generic and count % _SAMPLE == _SAMPLE - 1:
             self._notice(entry, call)
         try:
-            return entry.run(*values)
+            return entry.run(*values) if not profiling() else self._run_named(entry, values, call)
         except LiveCallChanged as error:
             failure = error
         return self._changed(entry, failure, call)
+
+    def _run_named(self, entry: Specialization, values: tuple[Any, ...], call: Call) -> Any:
+        """Run code under a name that a profiler shows."""
+        name = f"{self.name} {call.name}".strip()
+        with torch.profiler.record_function(f"lazy_einsum: {name}{entry.signature.arguments}"):
+            return entry.run_named(*values)
 
     def _use(self, entry: Specialization, shapes: Hashable = None) -> None:
         """Let the next call try ``entry`` first, and the next one with these shapes."""
@@ -204,7 +216,9 @@ class Dispatcher:
             self._use(entry, shapes)
             if found is not None:
                 return self._run(entry, values, call)
-            return verifier.run(entry, values) if verifier is not None else entry.run(*values)
+            if verifier is not None:
+                return verifier.run(entry, values)
+            return entry.run(*values) if not profiling() else self._run_named(entry, values, call)
         except UntraceableError as error:
             # The child runs outside of this block, so that an error of its own does not show as one of tracing.
             failure = error
@@ -292,7 +306,7 @@ class Dispatcher:
             except UntraceableError as error:
                 # Also where the call can't be traced at all: that shows when code for its own sizes is made.
                 places = places_of(wanted, error.fixed if isinstance(error, NotGenericError) else frozenset())
-                logs.graph_breaks.info("%s: no generic code for %s: %s", type(child).__name__, wanted, error)
+                logs.graph_breaks.info("%s: no generic code for %s: %s", name_of(child), wanted, error)
                 if not places:
                     relatives.reason = str(error)
                     return None
@@ -324,7 +338,7 @@ class Dispatcher:
                 self.cache.folds,
             )
         self.cache.build_seconds += entry.build_seconds
-        logs.built(type(child).__name__, entry)
+        logs.built(name_of(child), entry)
         return entry
 
     def _is_leaf(self, module: nn.Module, name: str) -> bool:

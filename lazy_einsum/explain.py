@@ -6,11 +6,12 @@ from collections.abc import Iterator, Sequence
 
 from torch import fx
 
-from .anatomy import Network, networks_of, written_call
+from .anatomy import networks_of
 from .cache import Cache
 from .graph import Writers, facts, is_einsum, read_einsum, why_ordered
 from .misses import Miss
 from .networks import Networks
+from .operand_names import written_call
 from .passes import Options
 from .passes.fuse_einsums import left_apart
 from .passes.lower import why_not_lowered
@@ -69,7 +70,7 @@ def _specialization(entry: Specialization, options: Options, measure: bool) -> S
         seconds,
         reports,
         tuple(_repeated(entry)),
-        tuple(_left(entry, options, networks)),
+        tuple(_left(entry, options)),
         tuple(FoldReport(kept.fold.names, kept.fold.nbytes, kept.fold.code) for kept in entry.folds),
         dict(entry.stages),
     )
@@ -85,7 +86,7 @@ def _repeated(entry: Specialization) -> Iterator[CallReport]:
         )
 
 
-def _left(entry: Specialization, options: Options, networks: Sequence[Network]) -> Iterator[LeftReport]:
+def _left(entry: Specialization, options: Options) -> Iterator[LeftReport]:
     """The contractions that were left as they were: the passes say why."""
     stages = {stage.name: stage.graph for stage in entry.stages.all}
     traced = {node.name: node for node in stages["trace"].nodes}

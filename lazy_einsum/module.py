@@ -16,7 +16,7 @@ from torch import nn
 
 from . import ambient as ambient_module
 from .cache import Cache, CacheInfo
-from .dispatch import Settings
+from .dispatch import Settings, name_of
 from .distributed import holds_sharded
 from .errors import LazyEinsumError, UntraceableError
 from .explain import explain
@@ -230,8 +230,8 @@ class OptimizedModule(nn.Module):
             except UntraceableError as error:  # its parts may be specialized
                 reason = str(error)
         dispatcher = self._dispatcher
-        name, options = type(self.module).__name__, dispatcher.settings.options
-        return explain(name, dispatcher.cache, entries, options, reason, measure)
+        options = dispatcher.settings.options
+        return explain(name_of(self.module), dispatcher.cache, entries, options, reason, measure)
 
     def cache_info(self) -> CacheInfo:
         """Hits, misses and so on."""

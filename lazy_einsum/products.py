@@ -436,9 +436,6 @@ _ROWS: tuple[tuple[frozenset[Any], _Reader], ...] = (
     (frozenset({builtins.getattr}), _read_attribute),
 )
 _MATRIX_PRODUCTS = frozenset(
-    target
-    for targets, reader in _ROWS
-    if reader is _read_chain or isinstance(reader, _Row)
-    for target in targets
+    target for targets, reader in _ROWS if reader is _read_chain or isinstance(reader, _Row) for target in targets
 )
 _READERS: dict[Any, _Reader] = {target: reader for targets, reader in _ROWS for target in targets}

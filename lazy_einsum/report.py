@@ -1,5 +1,5 @@
-"""``Report``: what was done for a module, as data. How it is shown is the business of ``report_text``, ``report_page`` and
-``report_figure``; ``explain`` gathers it.
+"""``Report``: what was done for a module, as data. ``report_text``, ``report_page`` and ``report_figure`` show it,
+``explain`` gathers it.
 """
 
 from __future__ import annotations
@@ -136,6 +136,7 @@ class NetworkReport:
         calls: the user's calls that it was made of, contractions only.
         made_by: the pass that made it, where no call of the user's gives its result; else empty.
         shared_by: the networks that use its result, where it is a part that several have in common.
+        is_used: whether anything uses its result.
         folded: steps that are computed once, as they have frozen operands only.
         optimizer: name of the strategy that found the order.
         path: the order as opt_einsum has it: positions in a list from which consumed operands are removed.
@@ -151,6 +152,7 @@ class NetworkReport:
     calls: tuple[CallReport, ...]
     made_by: str
     shared_by: tuple[str, ...]
+    is_used: bool
     folded: int
     optimizer: str
     path: tuple[tuple[int, ...], ...]
@@ -263,8 +265,8 @@ class MissReport:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """What ``OptimizedModule.explain`` gives. ``str(report)`` is for reading, notebooks show a page, ``to_dict()`` is for
-    programs, ``save("report.html")`` writes the page, ``plot()`` draws.
+    """What ``OptimizedModule.explain`` gives. ``str(report)`` is for reading, notebooks show a page, ``to_dict()`` is
+    for programs, ``save("report.html")`` writes the page, ``plot()`` draws.
 
     Attributes:
         name: class of the child.

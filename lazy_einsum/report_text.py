@@ -75,12 +75,15 @@ def _network(network: NetworkReport, title: str, width: int) -> Iterator[str]:
         yield from _wrapped(f"a part that {', '.join(network.shared_by)} have in common, computed once", width=width)
     elif network.made_by:
         yield f"made by {network.made_by}"
+    if not network.is_used:
+        yield "nothing uses its result"
     if network.folded:
         yield f"{network.folded} of its steps are computed once, of frozen tensors"
     for number, operand in enumerate(network.optimized.operands):
         yield shortened(f"{number:>4}  {operand.name}  {operand.type}  {operand.where}".rstrip(), width)
     yield from _comparison(network)
-    yield f"order by {network.optimizer}; {'path ' + shortened(str(list(network.path)), width - 50)}"
+    if len(network.path) > 1:
+        yield f"order by {network.optimizer}: {shortened(str(list(network.path)), width - 45)}"
     yield from _steps(network.optimized, width)
 
 

@@ -28,6 +28,7 @@ from .labelsets import Path as PlanPath
 from .live import Caller, direct_call
 from .passes import FOLD, PASSES, Options
 from .passes.choose_paths import PLAN
+from .passes.lower import LOWERED
 from .plan import Plan, make_plan, order_seconds
 from .record import Trace
 from .regions import restored
@@ -122,6 +123,7 @@ class Specialization:
         exceptions: values of its symbols that it leaves to others.
         guard: ``(module, args, kwargs) -> values``, or ``None`` for a call that it can't serve.
         run: what is called with these values.
+        run_named: the same, each contraction under a name that torch's profilers show.
         used: when it was used last, in calls of its cache.
         folds: what it computes once, of frozen tensors only.
     """
@@ -141,6 +143,7 @@ class Specialization:
         "is_generic",
         "plans",
         "run",
+        "run_named",
         "signature",
         "stages",
         "used",
@@ -155,6 +158,7 @@ class Specialization:
         plans: tuple[Plan, ...],
         guard: Guard,
         run: Callable[..., Any],
+        run_named: Callable[..., Any],
         state: Mapping[str, Path],
         module: Any,
         build_seconds: float,
@@ -171,6 +175,7 @@ class Specialization:
         self.exceptions = exceptions
         self.guard = guard
         self.run = run
+        self.run_named = run_named
         self.used = 0
         self.folds = folds
         self._record = record
@@ -287,6 +292,40 @@ def compile_graph(graph: fx.Graph, state: Sequence[str]) -> Callable[..., Any]:
         return found
 
 
+class _Named:
+    """What ``compile_graph`` gives for a graph, each contraction under a name that torch's profilers show; made at the
+    first call.
+    """
+
+    def __init__(self, graph: fx.Graph, state: Sequence[str]) -> None:
+        self._graph = graph
+        self._state = state
+        self._function: Callable[..., Any] | None = None
+
+    def __call__(self, *values: Any) -> Any:
+        if self._function is None:
+            self._function = compile_graph(with_names(self._graph), self._state)
+        return self._function(*values)
+
+
+def with_names(graph: fx.Graph) -> fx.Graph:
+    """A copy of ``graph`` that tells torch's profilers of each tree of einsums that was lowered."""
+    new = copy_graph(graph)
+    nodes = {node.name: node for node in new.nodes}
+    named: set[fx.Node] = set()
+    for node in list(new.nodes):
+        lowered = node.meta.get(LOWERED)
+        # A view may have been another tree's before.
+        calls = [nodes[name] for name in lowered.calls if nodes[name] not in named] if lowered is not None else []
+        if calls:
+            named.update(calls)
+            with new.inserting_before(calls[0]):
+                entered = new.call_function(ambient_module.enter_range, (f"einsum {lowered.plan.spec}",))
+            with new.inserting_after(calls[-1]):
+                new.call_function(ambient_module.leave_range, (entered,))
+    return new
+
+
 def specialize(
     module: Any,
     arguments: Arguments,
@@ -353,7 +392,9 @@ def specialize(
     targets = [str(node.target) for node in graph.nodes if node.op == "get_attr"]
     state = {target: traced.state[target] for target in dict.fromkeys(targets)}
     kept, code = keep_folds(graph, folds, ambient) if folds is not None else ((), graph)
-    run = finish(compile_graph(code, tuple(state)), traced, dict(ambient)["grad"])
+    grad = dict(ambient)["grad"]
+    run = finish(compile_graph(code, tuple(state)), traced, grad)
+    run_named = finish(_Named(code, tuple(state)), traced, grad)
     overlap = None
     if any(traced.writes):
         overlap = partial(shares_written if overlapping else shares_nothing_written, traced.writes)
@@ -365,7 +406,7 @@ def specialize(
     signature = Signature(arguments, ambient, reads, name, conditions)
     seconds = time.perf_counter() - start
     return Specialization(
-        signature, traced.graph, graph, stages, plans, guard, run, state, module, seconds, exceptions, kept
+        signature, traced.graph, graph, stages, plans, guard, run, run_named, state, module, seconds, exceptions, kept
     )
 
 

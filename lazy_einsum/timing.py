@@ -7,16 +7,18 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import fx
 
 from . import ambient as ambient_module
-from .anatomy import Network, Part
+from .anatomy import Network
 from .graph import NUMBER
 from .program import compile_program, operate
 from .report import NetworkReport, OrderReport
+from .running import Part
 from .signature import TensorType
 
 _SECONDS = 0.05
@@ -50,7 +52,8 @@ def _random(known: TensorType) -> torch.Tensor:
     tensor = torch.empty_strided(shape, stride, dtype=known.dtype, device=known.device)
     generator = torch.Generator(known.device).manual_seed(0)
     # A dimension that repeats its memory can't be written as a whole.
-    memory = torch.as_strided(tensor, (1 + sum((n - 1) * s for n, s in zip(shape, stride, strict=True)),), (1,)) if tensor.numel() else tensor
+    span = 1 + sum((size - 1) * step for size, step in zip(shape, stride, strict=True))
+    memory = tensor.as_strided((span,), (1,)) if tensor.numel() else tensor
     if known.dtype.is_floating_point or known.dtype.is_complex:
         memory.normal_(generator=generator)
     else:
@@ -96,11 +99,12 @@ def _step_seconds(network: Network) -> list[float]:
     for part in network.parts:
         values = [_random(known) for known in part.types]
         if part.lowered is None:
-            steps[part.steps[0]] += _time(lambda part=part, values=values: torch.einsum(part.equation, values), devices)  # type: ignore[misc]
+            steps[part.steps[0]] += _time(partial(torch.einsum, part.equation, values), devices)
             continue
         for number, call in zip(part.steps, part.lowered.program.calls, strict=True):
+            # What is written in place is so at each of the rounds; nobody reads the values.
             if number >= 0:
-                steps[number] += _time(lambda call=call: operate(call, values), devices)  # type: ignore[misc]
+                steps[number] += _time(partial(operate, call, values), devices)
             values.append(operate(call, values))
     return steps
 
@@ -111,13 +115,13 @@ def _runs(parts: Sequence[Part]) -> Callable[[], Any]:
     for part in parts:
         values = [_random(known) for known in part.types]
         if part.lowered is None:
-            ready.append((lambda *given, equation=part.equation: torch.einsum(equation, given), values))
+            ready.append(partial(torch.einsum, part.equation, values))
         else:
-            ready.append((compile_program(part.lowered.program), values))
+            ready.append(partial(compile_program(part.lowered.program), *values))
 
     def run() -> None:
-        for function, values in ready:
-            function(*values)
+        for function in ready:
+            function()
 
     return run
 

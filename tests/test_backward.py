@@ -79,4 +79,3 @@ def test_a_gradient_that_comes_as_the_result_lies_needs_no_copy(equation: str) -
         assert as_is == 0
         if len(order) > 2:
             assert arrival_seconds(way, across, sizes) > 0
-

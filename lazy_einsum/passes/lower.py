@@ -112,12 +112,14 @@ class Lowered(NamedTuple):
         plan: the tree, its leaves numbered.
         leaves: names of the nodes that give its leaves.
         steps: names of the einsums that were the steps of ``plan``.
+        calls: names of the nodes that call what is in ``program``, in order; some may be another tree's too.
     """
 
     program: Program
     plan: Plan
     leaves: tuple[str, ...]
     steps: tuple[str, ...]
+    calls: tuple[str, ...]
 
 
 LOWERED = "lazy_einsum_lowered"
@@ -321,14 +323,15 @@ class _Write(NamedTuple):
         program = self.program(tree, plan, leaves, strides, scale)
         inside = replace(known, type=None, storage=next(self.storages), writes=())
         with graph.inserting_before(root):
-            result = self.calls(graph, program, leaves, inside)
+            calls = self.calls(graph, program, leaves, inside)
+            result = calls[-1]
             if not tree.is_view and any(entering.is_conj for entering in types):
                 # ``dot`` of two lazily conjugated vectors gives a lazily conjugated result, torch.einsum does not.
                 result = stamp(graph.call_method("resolve_conj", (result,)), inside)
             if not tree.is_view and program.calls[-1].target in _MAY_VIEW and _must_be_no_view(root, self.writers):
                 result = stamp(graph.call_method("detach", (result,)), inside)
-        names = tuple(leaf.name for leaf in leaves)
-        result.meta = {**root.meta, LOWERED: Lowered(program, plan, names, steps)}
+        names, called = tuple(leaf.name for leaf in leaves), tuple(call.name for call in calls)
+        result.meta = {**root.meta, LOWERED: Lowered(program, plan, names, steps, called)}
         stamp(result, replace(known, type=replace(known.type, stride=program.stride)))
         root.replace_all_uses_with(result)
         for node in reversed(tree.nodes):
@@ -347,8 +350,8 @@ class _Write(NamedTuple):
             return lower_in_blocks(plan, types if followed is None else followed, strides, scale)
         return lower_saving(plan, followed, memory_of(leaves), limits[0], strides, scale)
 
-    def calls(self, graph: fx.Graph, program: Program, leaves: Sequence[fx.Node], inside: Facts) -> fx.Node:
-        """Write the calls of a program at the insertion point; the node of its result."""
+    def calls(self, graph: fx.Graph, program: Program, leaves: Sequence[fx.Node], inside: Facts) -> list[fx.Node]:
+        """Write the calls of a program at the insertion point; their nodes."""
         values = list(leaves)
         for call in program.calls:
             args = tuple(
@@ -361,7 +364,7 @@ class _Write(NamedTuple):
             if self.views is not None and key is not None and call.target in _VIEWS:
                 self.views[key] = value
             values.append(value)
-        return values[-1]
+        return values[len(leaves) :]
 
 
 def _call(graph: fx.Graph, call: Call, args: tuple[Any, ...]) -> fx.Node:
