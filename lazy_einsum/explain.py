@@ -81,9 +81,8 @@ def _repeated(entry: Specialization) -> Iterator[CallReport]:
     stages = {stage.name: stage.graph for stage in entry.stages.all}
     if "share" in stages:
         kept = {node.name for node in stages["share"].nodes}
-        yield from (
-            written_call(node) for node in stages["fuse_einsums"].nodes if is_einsum(node) and node.name not in kept
-        )
+        gone = {node.name for node in stages["fuse_einsums"].nodes if is_einsum(node)} - kept
+        yield from (written_call(node) for node in stages["trace"].nodes if node.name in gone)
 
 
 def _left(entry: Specialization, options: Options) -> Iterator[LeftReport]:

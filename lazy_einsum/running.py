@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from . import ambient as ambient_module
 from .passes.lower import Lowered
-from .program import Call, Value, operate
+from .program import Program, Value, operate
 from .saved import Tape
 from .signature import TensorType
 
@@ -73,13 +73,14 @@ def _values(part: Part) -> list[torch.Tensor]:
     assert part.lowered is not None
     with ambient_module.no_modes(), torch.no_grad():
         values = [_without_data(known) for known in part.types]
-        for call in part.lowered.program.calls:
-            values.append(operate(_plain_call(call), values))
+        for call in plain_program(part.lowered.program).calls:
+            values.append(operate(call, values))
     return values
 
 
-def _plain_call(call: Call) -> Call:
-    return call._replace(args=tuple(map(_plain, call.args)))
+def plain_program(program: Program) -> Program:
+    """A program with plain numbers for sizes that vary."""
+    return replace(program, calls=tuple(call._replace(args=tuple(map(_plain, call.args))) for call in program.calls))
 
 
 def _plain(argument: object) -> object:

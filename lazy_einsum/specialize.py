@@ -508,7 +508,7 @@ def _is_good(network: WrittenNetwork, path: PlanPath, scope: Mapping[str, int | 
     """Whether an order is not much worse than the best one at other values of the symbols: in time, and in what
     autograd saves.
     """
-    there = network.at(lambda size: int(eval(size.text, dict(scope))) if is_symbolic(size) else int(size))
+    there = network.at(lambda size: int(eval(size.text, {"math": math, **scope})) if is_symbolic(size) else int(size))
     shapes = [known.shape for known in there.types]
     best = plan_saving(there, options.saved_limit, options.optimize)[0].ssa_path
     seconds = partial(order_seconds, there.spec, shapes, frozen=there.frozen)

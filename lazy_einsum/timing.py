@@ -18,7 +18,7 @@ from .anatomy import Network
 from .graph import NUMBER
 from .program import compile_program, operate
 from .report import NetworkReport, OrderReport
-from .running import Part
+from .running import Part, plain_program
 from .signature import TensorType
 
 _SECONDS = 0.05
@@ -117,7 +117,7 @@ def _runs(parts: Sequence[Part]) -> Callable[[], Any]:
         if part.lowered is None:
             ready.append(partial(torch.einsum, part.equation, values))
         else:
-            ready.append(partial(compile_program(part.lowered.program), *values))
+            ready.append(partial(compile_program(plain_program(part.lowered.program)), *values))
 
     def run() -> None:
         for function in ready:
