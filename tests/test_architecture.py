@@ -67,7 +67,7 @@ RANKS = {
     "misses": 3,
     "logs": 9,
     "report_text": 9,
-    "report_drawing": 9,
+    "report_drawing": 9.2,
     "report_page": 9.5,
     "report_figure": 9.5,
     "report": 10,
