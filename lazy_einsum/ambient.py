@@ -17,6 +17,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
+from torch.autograd import profiler
 from torch.utils._device import DeviceContext
 
 from .signature import TensorType
@@ -161,6 +162,23 @@ class Modes(NamedTuple):
 def keeps_parametrized() -> bool:
     """Whether ``torch.nn.utils.parametrize.cached()`` is active, which keeps tensors. (No public query exists.)"""
     return bool(torch.nn.utils.parametrize._cache_enabled)
+
+
+def profiling() -> bool:
+    """Whether one of torch's profilers is active. (Its flag is a name of that module, read at each call: 40 ns.)"""
+    return profiler._is_profiler_enabled
+
+
+def enter_range(name: str) -> Any:
+    """Let a profiler show what follows under a name, until ``leave_range``."""
+    entered = profiler.record_function(name)
+    entered.__enter__()  # type: ignore[no-untyped-call]
+    return entered
+
+
+def leave_range(entered: Any) -> None:
+    """End a range that ``enter_range`` gave."""
+    entered.__exit__(None, None, None)
 
 
 def no_modes() -> AbstractContextManager[Any]:

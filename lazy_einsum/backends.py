@@ -97,9 +97,11 @@ def as_torch_compile_does(
     backend by its name, has Dynamo capture the graph once more and check at each call what our key has checked: 27 us
     instead of 19 for a call of the README's first benchmark.)
     """
-    if backend == "inductor":
-        return torch._TorchCompileInductorWrapper(mode, options, dynamic=False)
-    return torch._TorchCompileWrapper(backend, mode, options, dynamic=False)
+    # (Some versions of torch have no types for these.)
+    wrapper: Any = torch._TorchCompileInductorWrapper if backend == "inductor" else torch._TorchCompileWrapper
+    given = (mode, options) if backend == "inductor" else (backend, mode, options)
+    found: Callable[..., Any] = wrapper(*given, dynamic=False)
+    return found
 
 
 def _saved_are_kept() -> Any:

@@ -16,6 +16,7 @@ from cachetools import LRUCache
 from .counter import Counter
 from .folds import Folds
 from .generic import Place, family, values_of
+from .misses import Miss
 from .signature import Arguments, Signature
 from .specialize import Specialization
 
@@ -133,6 +134,7 @@ class Cache(LRUCache[Signature, Specialization]):
         backend_reasons: why specializations ran as eager where a backend was to run them.
         parts: what became of submodules, by name.
         folds: what its specializations computed once.
+        last_misses: the last of the calls that missed.
     """
 
     def __init__(self, maxsize: int) -> None:
@@ -148,6 +150,7 @@ class Cache(LRUCache[Signature, Specialization]):
         self.folds = Folds()
         self.past_hits = 0
         self.misses = 0
+        self.last_misses: deque[Miss] = deque(maxlen=32)
         self.evictions = 0
         self.fallbacks = Counter()
         self.build_seconds = 0.0

@@ -376,10 +376,20 @@ def is_order_free(node: fx.Node, operands: Iterable[fx.Node], writers: Writers) 
     It does not with operands of mixed or narrow integer dtypes, under autocast, and where autograd follows it and an
     operand is written later. Operands of unknown type are taken to be of one floating point dtype.
     """
+    return not why_ordered(node, operands, writers)
+
+
+def why_ordered(node: fx.Node, operands: Iterable[fx.Node], writers: Writers) -> str:
+    """Why the einsum ``node`` does not mean the same in any order of contraction; empty where it does."""
     known = facts(node)
     dtypes = {entering.dtype for operand in operands if (entering := type_of(operand))}
-    movable = known is None or known.movable
-    return movable and len(dtypes) <= 1 and dtypes <= CLOSED_DTYPES and not writers.hold(node)
+    if known is not None and not known.movable:
+        return "it runs in another mode than the rest (autocast, or a context of its own)"
+    if len(dtypes) > 1:
+        return "the dtypes of its operands differ"
+    if not dtypes <= CLOSED_DTYPES:
+        return f"its result in {str(*dtypes).removeprefix('torch.')} depends on the order"
+    return "autograd follows it, and an operand is written later" if writers.hold(node) else ""
 
 
 def is_einsum(node: Any) -> bool:

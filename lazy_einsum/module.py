@@ -17,9 +17,10 @@ from torch import nn
 from . import ambient as ambient_module
 from .backends import find_backend
 from .cache import Cache, CacheInfo
-from .dispatch import Settings
+from .dispatch import Settings, name_of
 from .distributed import holds_sharded
-from .errors import LazyEinsumError
+from .errors import LazyEinsumError, UntraceableError
+from .explain import explain
 from .parts import WholeDispatcher
 from .passes import Options
 from .plan import check_optimize
@@ -223,15 +224,24 @@ class OptimizedModule(nn.Module):
         entry: Specialization = self._dispatcher.prepare(self.module, args, kwargs)
         return entry
 
-    def explain(self, *args: Any, **kwargs: Any) -> Report:
-        """What is done for a call with these arguments (as ``prepare``, which it calls), or, without arguments,
-        for all specializations so far.
+    def explain(self, *args: Any, measure: bool = False, **kwargs: Any) -> Report:
+        """What is done for a call with these arguments (as ``prepare``, which it calls; the module does not run), or,
+        without arguments, for all specializations so far.
+
+        Args:
+            *args: arguments of the call.
+            measure: also time each step, and the same calls as they were written, on random tensors.
+            **kwargs: keyword arguments of the call.
         """
-        entries = [self.prepare(*args, **kwargs)] if args or kwargs else list(self.specializations.values())
-        cache = self._dispatcher.cache
-        with cache.lock:
-            reasons = tuple(cache.reasons)
-        return Report(type(self.module).__name__, self.cache_info(), entries, reasons)
+        entries, reason = list(self.specializations.values()), ""
+        if args or kwargs:
+            try:
+                entries = [self.prepare(*args, **kwargs)]
+            except UntraceableError as error:  # its parts may be specialized
+                reason = str(error)
+        dispatcher = self._dispatcher
+        options = dispatcher.settings.options
+        return explain(name_of(self.module), dispatcher.cache, entries, options, reason, measure)
 
     def cache_info(self) -> CacheInfo:
         """Hits, misses and so on."""

@@ -48,25 +48,62 @@ def inline_operands(
     # From the last operand to the first, so that positions to the left stay valid.
     for position in reversed(range(len(operands))):
         operand = operands[position]
-        if operand not in read or uses(operand) != 1:
+        if operand not in read:
             continue
-        inner, inner_operands = read[operand]
-        if not _may_fuse(operand, inner_operands, node, writers, reassociate):
+        fused = _inline(node, spec, position, operand, read[operand], writers, reassociate)
+        if isinstance(fused, str):
             continue
-        fused = spec.inline(position, inner)
-        if fused.n_labels > MAX_LABELS or _merges_broadcasts(spec.inputs[position], inner):
-            continue
-        spec, operands = fused, (*operands[:position], *inner_operands, *operands[position + 1 :])
+        spec, operands = fused, (*operands[:position], *read[operand][1], *operands[position + 1 :])
         consumed[operand] = position
     return spec, operands, consumed
 
 
-def _may_fuse(
-    inner: fx.Node, reads: Sequence[fx.Node], outer: fx.Node, writers: Writers, reassociate: bool | None
-) -> bool:
-    dtypes = {known.dtype for node in (*reads, inner, *outer.all_input_nodes, outer) if (known := type_of(node))}
-    allowed = _DTYPES | _HALF if reassociate else _DTYPES
-    return len(dtypes) <= 1 and dtypes <= allowed and same_mode(inner, outer) and writers.allow(reads, inner, outer)
+def why_apart(
+    node: fx.Node, read: Mapping[fx.Node, Read], writers: Writers, reassociate: bool | None
+) -> Iterator[tuple[fx.Node, str]]:
+    """The operands of the einsum ``node`` that are einsums themselves and may not be inlined, each with the reason.
+
+    Args:
+        node: one of ``read``.
+        read: see ``inline_operands``.
+        writers: see ``inline_operands``.
+        reassociate: see ``inline_operands``.
+    """
+    spec, operands = read[node]
+    for position, operand in enumerate(operands):
+        if operand in read:
+            fused = _inline(node, spec, position, operand, read[operand], writers, reassociate)
+            if isinstance(fused, str):
+                yield operand, fused
+
+
+def _inline(
+    node: fx.Node,
+    spec: EinsumSpec,
+    position: int,
+    operand: fx.Node,
+    inner: Read,
+    writers: Writers,
+    reassociate: bool | None,
+) -> EinsumSpec | str:
+    """The einsum ``node`` with the operand at ``position`` inlined, or why it may not be."""
+    if uses(operand) != 1:
+        return "its value is used more than once"
+    dtypes = {known.dtype for n in (*inner[1], operand, *node.all_input_nodes, node) if (known := type_of(n))}
+    if len(dtypes) > 1:
+        return "the dtypes differ"
+    if not dtypes <= _DTYPES | (_HALF if reassociate else frozenset()):
+        return f"the order of products in {str(*dtypes).removeprefix('torch.')} is kept"
+    if not same_mode(operand, node):
+        return "they run in different modes"
+    if not writers.allow(inner[1], operand, node):
+        return "what it reads is written later"
+    fused = spec.inline(position, inner[0])
+    if fused.n_labels > MAX_LABELS:
+        return f"together they have more than {MAX_LABELS} labels"
+    if _merges_broadcasts(spec.inputs[position], inner[0]):
+        return "a diagonal of its result is taken that its operands do not have"
+    return fused
 
 
 def _merges_broadcasts(term: str, inner: EinsumSpec) -> bool:
@@ -202,23 +239,32 @@ class Networks:
         """Whether the calls of a network are to be one einsum: where that takes clearly less time than what is there,
         or where only that keeps the limit of bytes.
         """
+        return not self.why_as_written(root, memory_limit)
+
+    def why_as_written(self, root: fx.Node, memory_limit: int | None) -> str:
+        """Why the calls of a network are not to be one einsum; empty where they are."""
         spec, operands = self.whole[root]
         parts = [part for part in self.parts[root] if not is_permutation(part)]
-        if len(operands) < 2 or len(parts) < 2 or all(map(is_einsum, parts)):
-            return False
+        if len(operands) < 2 or len(parts) < 2:
+            return "it stands alone: there is no other order"
+        if all(map(is_einsum, parts)):
+            return "they are einsums"
         if len(operands) == 2 and not any(_is_matrix_product(self.own[part].spec) for part in parts):
             # What is multiplied element by element and summed gains where it is a product of matrices or vectors. As a
             # batch of dot products it is slower (20,000 of length 16: 256 us for 199, with gradients 6,061 for 582).
             first, second = spec.inputs
             if not any(label in spec.output for label in set(first) ^ set(second)):
-                return False
+                return "a batch of dot products is slower"
         results = [known for part in parts if (known := type_of(part))]
         plan = self.plan(spec, operands, memory_limit)
         if plan is None or len(results) < len(parts):
-            return False
+            return "no order of known types keeps the memory limit"
         if memory_limit is not None and any(known.numel * known.dtype.itemsize > memory_limit for known in results[1:]):
-            return True
-        return pays(plan.seconds, self.seconds(root))
+            return ""
+        before = self.seconds(root)
+        if pays(plan.seconds, before):
+            return ""
+        return f"as written {before * 1e6:.3g} us, in the best order {plan.seconds * 1e6:.3g} us by the cost model"
 
     def plan(self, spec: EinsumSpec, operands: Sequence[fx.Node], memory_limit: int | None) -> Plan | None:
         """The best order of an einsum; ``None`` where an operand is of unknown type, or no order keeps the limit of

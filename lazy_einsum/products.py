@@ -72,6 +72,26 @@ def read_product(node: fx.Node, reassociate: bool | None = None) -> Product | No
     return product if tuple(map(int, shape)) == tuple(map(int, known.type.shape)) else None
 
 
+def why_unread(node: fx.Node, reassociate: bool | None = None) -> str:
+    """Why a product of matrices or vectors under another name is not read; empty where it is, and of other nodes.
+
+    Args:
+        node: any node.
+        reassociate: as for ``read_product``.
+    """
+    is_call = node.op in ("call_function", "call_method") and node.target in _MATRIX_PRODUCTS
+    known = facts(node)
+    if not is_call or read_product(node, reassociate) is not None or known is None:
+        return ""
+    if known.type is None or not known.movable:
+        return "it runs in another mode than the rest (autocast, or a context of its own)"
+    if known.type.dtype in _COARSE:
+        return f"the order of products in {str(known.type.dtype).removeprefix('torch.')} is kept (reassociate=True)"
+    if known.type.dtype not in _EXACT:
+        return f"products in {str(known.type.dtype).removeprefix('torch.')} have kernels of their own"
+    return "its arguments are of a form, or of types, that are not read"
+
+
 def may_reorder(dtype: torch.dtype, reassociate: bool | None) -> bool:
     """Whether products and sums of this type may be done in another order than the user's."""
     return dtype in (_EXACT | _COARSE if reassociate else _EXACT)
@@ -414,5 +434,8 @@ _ROWS: tuple[tuple[frozenset[Any], _Reader], ...] = (
     (spellings("trace"), _read_trace),
     (frozenset(_PERMUTATIONS), _read_permutation),
     (frozenset({builtins.getattr}), _read_attribute),
+)
+_MATRIX_PRODUCTS = frozenset(
+    target for targets, reader in _ROWS if reader is _read_chain or isinstance(reader, _Row) for target in targets
 )
 _READERS: dict[Any, _Reader] = {target: reader for targets, reader in _ROWS for target in targets}

@@ -94,13 +94,18 @@ def run(program: Program, operands: Sequence[torch.Tensor]) -> torch.Tensor:
     tensor(6)
     """
     values = list(operands)
-    for target, args, kwargs in program.calls:
-        given: list[Any] = [values[arg.number] if isinstance(arg, Value) else arg for arg in args]
-        if target == CAT:
-            values.append(torch.cat(given[:-1], given[-1]))
-        else:
-            values.append(getattr(given[0], target)(*given[1:], **dict(kwargs)))
+    for call in program.calls:
+        values.append(operate(call, values))
     return values[-1]
+
+
+def operate(call: Call, values: Sequence[torch.Tensor]) -> Any:
+    """The result of one call, the values before it given."""
+    target, args, kwargs = call
+    given: list[Any] = [values[arg.number] if isinstance(arg, Value) else arg for arg in args]
+    if target == CAT:
+        return torch.cat(given[:-1], given[-1])
+    return getattr(given[0], target)(*given[1:], **dict(kwargs))
 
 
 def compile_program(program: Program) -> Callable[..., torch.Tensor]:

@@ -29,6 +29,7 @@ from .labelsets import Path as PlanPath
 from .live import Caller, direct_call
 from .passes import FOLD, PASSES, Options
 from .passes.choose_paths import PLAN
+from .passes.lower import LOWERED
 from .plan import Plan, make_plan, order_seconds
 from .record import Trace
 from .regions import restored
@@ -48,7 +49,7 @@ class Stage:
     Attributes:
         name: of the pass; the first stage is ``"trace"``.
         graph: runnable as it is.
-        seconds: time the pass took.
+        seconds: time the pass, or the trace, took.
     """
 
     name: str
@@ -71,6 +72,11 @@ class Stages(Mapping[str, str]):
         """Append the next stage."""
         self._stages[stage.name] = stage
 
+    @property
+    def all(self) -> tuple[Stage, ...]:
+        """The stages themselves, in order."""
+        return tuple(self._stages.values())
+
     def __getitem__(self, name: str) -> str:
         return self._stages[name].code
 
@@ -81,14 +87,14 @@ class Stages(Mapping[str, str]):
         return len(self._stages)
 
 
-def run_passes(graph: fx.Graph, options: Options) -> Iterator[Stage]:
-    """The program after each pass, beginning with ``graph`` itself.
+def run_passes(graph: fx.Graph, options: Options, seconds: float = 0.0) -> Iterator[Stage]:
+    """The program after each pass, beginning with ``graph`` itself, which took so many seconds to trace.
 
     Raises:
         MemoryLimitError: no contraction order stays below the limit.
         UntraceableError: a pass fails, or its result is not a well-formed graph; the message names the pass.
     """
-    yield Stage("trace", graph, 0.0)
+    yield Stage("trace", graph, seconds)
     for name, make_pass in (*PASSES[:-1], FOLD, PASSES[-1]) if options.folds else PASSES:
         start = time.perf_counter()
         try:
@@ -141,6 +147,7 @@ class Specialization:
         tier: what runs it: ``"eager"``, or the name of a backend.
         reason: why no backend runs it, where one is to; an empty string where that is not known.
         compile_at: number of the hit at which a backend is to take over.
+        run_named: the same, each contraction under a name that torch's profilers show.
         used: when it was used last, in calls of its cache.
         folds: what it computes once, of frozen tensors only.
     """
@@ -162,6 +169,7 @@ class Specialization:
         "plans",
         "reason",
         "run",
+        "run_named",
         "signature",
         "source",
         "stages",
@@ -174,10 +182,11 @@ class Specialization:
         signature: Signature,
         record: fx.Graph,
         graph: fx.Graph,
-        stages: Mapping[str, str],
+        stages: Stages,
         plans: tuple[Plan, ...],
         guard: Guard,
         source: Source,
+        run_named: Callable[..., Any],
         state: Mapping[str, Path],
         module: Any,
         build_seconds: float,
@@ -196,6 +205,7 @@ class Specialization:
         self.source = source
         self.tier, self.reason, self.compile_at = EAGER, "", -1
         self.run = self.eager()
+        self.run_named = run_named
         self.used = 0
         self.folds = folds
         self._record = record
@@ -217,6 +227,11 @@ class Specialization:
     def code(self) -> str:
         """The specialized program as Python source; ``self`` is the wrapped module."""
         return self.stages[list(self.stages)[-1]]
+
+    @property
+    def module(self) -> Any:
+        """What it was made for; ``None`` where that is gone."""
+        return self._module()
 
     @property
     def writes_inputs(self) -> bool:
@@ -332,6 +347,38 @@ def _define(text: str, names: Mapping[str, Any], file: str) -> Callable[..., Any
     exec(compile(text, file, "exec"), scope)
     # The parameter ``self`` of fx's generated code is not used: state comes in as arguments.
     return partial(scope["forward"], None)
+class _Named:
+    """What ``compile_graph`` gives for a graph, each contraction under a name that torch's profilers show; made at the
+    first call.
+    """
+
+    def __init__(self, graph: fx.Graph, state: Sequence[str]) -> None:
+        self._graph = graph
+        self._state = state
+        self._function: Callable[..., Any] | None = None
+
+    def __call__(self, *values: Any) -> Any:
+        if self._function is None:
+            self._function = compile_graph(with_names(self._graph), self._state)
+        return self._function(*values)
+
+
+def with_names(graph: fx.Graph) -> fx.Graph:
+    """A copy of ``graph`` that tells torch's profilers of each tree of einsums that was lowered."""
+    new = copy_graph(graph)
+    nodes = {node.name: node for node in new.nodes}
+    named: set[fx.Node] = set()
+    for node in list(new.nodes):
+        lowered = node.meta.get(LOWERED)
+        # A view may have been another tree's before.
+        calls = [nodes[name] for name in lowered.calls if nodes[name] not in named] if lowered is not None else []
+        if calls:
+            named.update(calls)
+            with new.inserting_before(calls[0]):
+                entered = new.call_function(ambient_module.enter_range, (f"einsum {lowered.plan.spec}",))
+            with new.inserting_after(calls[-1]):
+                new.call_function(ambient_module.leave_range, (entered,))
+    return new
 
 
 def specialize(
@@ -382,12 +429,14 @@ def specialize(
             found = difference(graph, traced.graph, symbols)
             if found is not None:
                 raise NotGenericError(f"forward does something else for sizes that vary: {found}")
+    trace_seconds = time.perf_counter() - start
     if options.folds:
         mark_frozen(traced.graph, traced.state, traced.reads, name, is_frozen)
     stages = Stages()
     plans: tuple[Plan, ...] = ()
     graph = fused = traced.graph
-    for stage in run_passes(traced.graph, options) if not overlapping else (Stage("trace", graph, 0.0),):
+    stages_of = run_passes(traced.graph, options, trace_seconds)
+    for stage in stages_of if not overlapping else (Stage("trace", graph, trace_seconds),):
         if stage.name == "choose_paths":
             fused = graph
             plans = tuple(find_plans(graph, stage.graph))
@@ -400,6 +449,7 @@ def specialize(
     kept, code = keep_folds(graph, folds, ambient) if folds is not None else ((), graph)
     complete = partial(finish, traced=traced, grad=dict(ambient)["grad"])
     source = Source(code, tuple(state), complete, traced.switches_modes, overlapping)
+    run_named = finish(_Named(code, tuple(state)), traced, dict(ambient)["grad"])
     overlap = None
     if any(traced.writes):
         overlap = partial(shares_written if overlapping else shares_nothing_written, traced.writes)
@@ -411,7 +461,19 @@ def specialize(
     signature = Signature(arguments, ambient, reads, name, conditions)
     seconds = time.perf_counter() - start
     return Specialization(
-        signature, traced.graph, graph, stages, plans, guard, source, state, module, seconds, exceptions, kept
+        signature,
+        traced.graph,
+        graph,
+        stages,
+        plans,
+        guard,
+        source,
+        run_named,
+        state,
+        module,
+        seconds,
+        exceptions,
+        kept,
     )
 
 
@@ -513,7 +575,7 @@ def _is_good(network: WrittenNetwork, path: PlanPath, scope: Mapping[str, int | 
     """Whether an order is not much worse than the best one at other values of the symbols: in time, and in what
     autograd saves.
     """
-    there = network.at(lambda size: int(eval(size.text, dict(scope))) if is_symbolic(size) else int(size))
+    there = network.at(lambda size: int(eval(size.text, {"math": math, **scope})) if is_symbolic(size) else int(size))
     shapes = [known.shape for known in there.types]
     best = plan_saving(there, options.saved_limit, options.optimize)[0].ssa_path
     seconds = partial(order_seconds, there.spec, shapes, frozen=there.frozen)

@@ -20,7 +20,7 @@ def _frames(frame: types.FrameType | None) -> Iterator[types.FrameType]:
 
 def is_users(frame: types.FrameType) -> bool:
     """Whether ``frame`` runs code of the user's, or of a package other than torch and this one."""
-    return not frame.f_code.co_filename.startswith(_LIBRARIES)
+    return not frame.f_code.co_filename.startswith((*_LIBRARIES, "<frozen "))
 
 
 def asked_by_torch() -> bool:

@@ -47,7 +47,6 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(blocks, "_FRESH", 1.0)
 
 
-
 def plan_of(equation: str, operands: Sequence[torch.Tensor]) -> tuple[Plan, list[TensorType]]:
     spec = EinsumSpec.parse(equation, [x.dim() for x in operands])
     return make_plan(spec, [x.shape for x in operands]), [TensorType.of(x) for x in operands]

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from torch import fx
 
 from ..graph import Writers, copy_graph, erase_if_unused, is_einsum, read_einsum
-from ..networks import Read, inline_operands
+from ..networks import Read, inline_operands, why_apart
 from ..saved import WRITTEN, written_einsums
 
 
@@ -63,3 +63,26 @@ def fuse_einsums(reassociate: bool | None = None) -> Callable[[fx.Graph], fx.Gra
         return new
 
     return run
+
+
+def left_apart(graph: fx.Graph, reassociate: bool | None = None) -> Iterator[tuple[fx.Node, fx.Node, str]]:
+    """The einsums that the pass leaves apart though one uses the other: inner, outer, why.
+
+    Args:
+        graph: what the pass is given.
+        reassociate: as for the pass.
+    """
+    writers = Writers(graph)
+    read: dict[fx.Node, Read] = {}
+    for node in graph.nodes:
+        found = read_einsum(node) if is_einsum(node) else None
+        if found is None:
+            continue
+        if reassociate is False or writers.hold(node):
+            reason = "reassociate=False" if reassociate is False else "autograd follows it, and an operand is written"
+            yield from ((operand, node, reason) for operand in found[1] if is_einsum(operand))
+            continue
+        read[node] = found
+        yield from ((inner, node, reason) for inner, reason in why_apart(node, read, writers, reassociate))
+        spec, operands, _ = inline_operands(node, *found, read, writers, reassociate)
+        read[node] = spec, operands

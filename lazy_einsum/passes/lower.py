@@ -104,16 +104,40 @@ def lower(reassociate: bool | None = None, exact: bool = False) -> Callable[[fx.
     return run
 
 
+class Lowered(NamedTuple):
+    """What a tree of einsums became.
+
+    Attributes:
+        program: its calls.
+        plan: the tree, its leaves numbered.
+        leaves: names of the nodes that give its leaves.
+        steps: names of the einsums that were the steps of ``plan``.
+        calls: names of the nodes that call what is in ``program``, in order; some may be another tree's too.
+    """
+
+    program: Program
+    plan: Plan
+    leaves: tuple[str, ...]
+    steps: tuple[str, ...]
+    calls: tuple[str, ...]
+
+
+LOWERED = "lazy_einsum_lowered"
+"""Under this name the last call of a lowered tree has a ``Lowered`` in its ``meta``."""
+
+
 class _Step(NamedTuple):
     """One einsum of a tree, its labels those of the whole.
 
     Attributes:
         operands: numbers of leaves, or steps.
         spec: what it computes.
+        name: of its node.
     """
 
     operands: tuple[int | _Step, ...]
     spec: EinsumSpec
+    name: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,7 +235,7 @@ class _Reader:
             for operand, term in zip(operands, spec.inputs, strict=True)
         )
         self.depth -= 1
-        return _Step(taken, spec)
+        return _Step(taken, spec, node.name)
 
     def operand(self, user: fx.Node, operand: fx.Node, term: str, siblings: int) -> int | _Step:
         """The number of a leaf, or the step that gives the operand whose labels are ``term``."""
@@ -241,18 +265,24 @@ class _Reader:
     def pair(self, node: fx.Node) -> tuple[EinsumSpec, tuple[fx.Node, ...]] | None:
         """The einsum ``node``, if it can be lowered."""
         found = read_einsum(node) if is_einsum(node) else None
-        known = facts(node)
-        if (
-            found is None
-            or known is None
-            or not known.movable
-            or known.type is None
-            or len(found[1]) > 2
-            or self.writers.hold(node)
-        ):
-            return None
-        dtypes = {known.type.dtype, *(dtype_of(operand) for operand in found[1])}
-        return found if len(dtypes) == 1 and dtypes <= _DTYPES else None
+        return found if found is not None and not why_not_lowered(node, found[1], self.writers) else None
+
+
+def why_not_lowered(node: fx.Node, operands: Sequence[fx.Node], writers: Writers) -> str:
+    """Why an einsum stays one; empty where it becomes direct calls."""
+    known = facts(node)
+    if known is None or known.type is None:
+        return "its type is not known"
+    if not known.movable:
+        return "it runs in another mode than the rest (autocast, or a context of its own)"
+    if len(operands) > 2:
+        return "it has more than two operands, and its order is torch.einsum's"
+    if writers.hold(node):
+        return "autograd follows it, and an operand is written later"
+    dtypes = {known.type.dtype, *(dtype_of(operand) for operand in operands)}
+    if len(dtypes) == 1 and dtypes <= _DTYPES:
+        return ""
+    return "the dtypes differ, or are narrow integers"
 
 
 class _Write(NamedTuple):
@@ -289,16 +319,19 @@ class _Write(NamedTuple):
         types = [entering for leaf in leaves if (entering := type_of(leaf))]
         # A factor of 1.0 is none: it was taken in only where it changes neither the type nor whose memory that is.
         scale = None if tree.factor.value == 1 else tree.factor.number
-        program = self.program(tree, _plan(tree), leaves, strides, scale)
+        plan, steps = _plan(tree)
+        program = self.program(tree, plan, leaves, strides, scale)
         inside = replace(known, type=None, storage=next(self.storages), writes=())
         with graph.inserting_before(root):
-            result = self.calls(graph, program, leaves, inside)
+            calls = self.calls(graph, program, leaves, inside)
+            result = calls[-1]
             if not tree.is_view and any(entering.is_conj for entering in types):
                 # ``dot`` of two lazily conjugated vectors gives a lazily conjugated result, torch.einsum does not.
                 result = stamp(graph.call_method("resolve_conj", (result,)), inside)
             if not tree.is_view and program.calls[-1].target in _MAY_VIEW and _must_be_no_view(root, self.writers):
                 result = stamp(graph.call_method("detach", (result,)), inside)
-        result.meta = dict(root.meta)
+        names, called = tuple(leaf.name for leaf in leaves), tuple(call.name for call in calls)
+        result.meta = {**root.meta, LOWERED: Lowered(program, plan, names, steps, called)}
         stamp(result, replace(known, type=replace(known.type, stride=program.stride)))
         root.replace_all_uses_with(result)
         for node in reversed(tree.nodes):
@@ -317,8 +350,8 @@ class _Write(NamedTuple):
             return lower_in_blocks(plan, types if followed is None else followed, strides, scale)
         return lower_saving(plan, followed, memory_of(leaves), limits[0], strides, scale)
 
-    def calls(self, graph: fx.Graph, program: Program, leaves: Sequence[fx.Node], inside: Facts) -> fx.Node:
-        """Write the calls of a program at the insertion point; the node of its result."""
+    def calls(self, graph: fx.Graph, program: Program, leaves: Sequence[fx.Node], inside: Facts) -> list[fx.Node]:
+        """Write the calls of a program at the insertion point; their nodes."""
         values = list(leaves)
         for call in program.calls:
             args = tuple(
@@ -331,7 +364,7 @@ class _Write(NamedTuple):
             if self.views is not None and key is not None and call.target in _VIEWS:
                 self.views[key] = value
             values.append(value)
-        return values[-1]
+        return values[len(leaves) :]
 
 
 def _call(graph: fx.Graph, call: Call, args: tuple[Any, ...]) -> fx.Node:
@@ -343,11 +376,12 @@ def _call(graph: fx.Graph, call: Call, args: tuple[Any, ...]) -> fx.Node:
     return graph.call_method(call.target, args, dict(call.kwargs))
 
 
-def _plan(tree: _Tree) -> Plan:
-    """The tree as a plan."""
+def _plan(tree: _Tree) -> tuple[Plan, tuple[str, ...]]:
+    """The tree as a plan, and the names of the nodes that are its steps."""
     terms: dict[int, str] = {}
     shapes: list[tuple[int, ...]] = [_shape(leaf) for leaf in tree.leaves]
     steps: list[Contraction] = []
+    names: list[str] = []
 
     def write(step: _Step, output: str) -> int:
         numbers = []
@@ -360,12 +394,14 @@ def _plan(tree: _Tree) -> Plan:
         spec = EinsumSpec(step.spec.inputs, output)
         taken = tuple(shapes[number] for number in numbers)
         steps.append(Contraction(tuple(numbers), spec, taken, spec.output_shape(taken), 0))
+        names.append(step.name)
         shapes.append(steps[-1].shape)
         return len(shapes) - 1
 
     write(tree.step, tree.step.spec.output)
     spec = EinsumSpec(tuple(terms[number] for number in range(len(tree.leaves))), steps[-1].spec.output)
-    return Plan(spec, tuple(shapes[: len(tree.leaves)]), tuple(steps), 0, 0, 0.0, 0, "given")
+    plan = Plan(spec, tuple(shapes[: len(tree.leaves)]), tuple(steps), 0, 0, 0.0, 0, "given")
+    return plan, tuple(names)
 
 
 def _shape(node: fx.Node) -> tuple[int, ...]:

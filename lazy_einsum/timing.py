@@ -1,0 +1,161 @@
+"""``measured``: a network with the time that each of its steps takes, on random tensors of its shapes."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import fx
+
+from . import ambient as ambient_module
+from .anatomy import Network
+from .graph import NUMBER
+from .program import compile_program, operate
+from .report import NetworkReport, OrderReport
+from .running import Part, plain_program
+from .signature import TensorType
+
+_SECONDS = 0.05
+"""A network is run for so long, in each of its orders."""
+
+
+def measured(network: Network) -> NetworkReport:
+    """The report of a network with the time of each step, and of the calls as they were written.
+
+    Both run without gradients, on random tensors of the shapes, strides and dtypes of the call, in turns. Nothing of
+    the module runs but these calls.
+    """
+    report = network.report
+    with ambient_module.no_modes(), torch.no_grad():
+        steps = _step_seconds(network) if network.parts else None
+        whole = _time(_runs(network.parts), _devices(network)) if network.parts else None
+        eager = _time(_calls(network), _devices(network)) if network.calls else None
+    optimized = report.optimized
+    if steps is not None:
+        timed = tuple(replace(step, measured_seconds=took) for step, took in zip(optimized.steps, steps, strict=True))
+        optimized = replace(optimized, steps=timed, measured_seconds=whole)
+    written: OrderReport | None = report.written
+    if written is not None and eager is not None:
+        written = replace(written, measured_seconds=eager)
+    return replace(report, optimized=optimized, written=written)
+
+
+def _random(known: TensorType) -> torch.Tensor:
+    """A random tensor of a type; small integers."""
+    shape, stride = tuple(map(int, known.shape)), tuple(map(int, known.stride))
+    tensor = torch.empty_strided(shape, stride, dtype=known.dtype, device=known.device)
+    generator = torch.Generator(known.device).manual_seed(0)
+    # A dimension that repeats its memory can't be written as a whole.
+    span = 1 + sum((size - 1) * step for size, step in zip(shape, stride, strict=True))
+    memory = tensor.as_strided((span,), (1,)) if tensor.numel() else tensor
+    if known.dtype.is_floating_point or known.dtype.is_complex:
+        memory.normal_(generator=generator)
+    else:
+        memory.random_(0, 2, generator=generator)
+    return tensor
+
+
+def _devices(network: Network) -> list[torch.device]:
+    types = [known for part in network.parts for known in part.types]
+    return list({known.device: None for known in (*types, *network.leaves.values())})
+
+
+def _synchronize(devices: Sequence[torch.device]) -> None:
+    for device in devices:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
+
+def _time(call: Callable[[], Any], devices: Sequence[torch.device]) -> float:
+    """Median seconds of a call, of as many as fit into the time."""
+    call()
+    _synchronize(devices)
+    start = time.perf_counter()
+    call()
+    _synchronize(devices)
+    once = max(time.perf_counter() - start, 1e-7)
+    rounds = max(1, min(9, int(_SECONDS / once)))
+    times = max(1, min(1000, int(_SECONDS / rounds / once)))
+    found = []
+    for _ in range(rounds):
+        start = time.perf_counter()
+        for _ in range(times):
+            call()
+        _synchronize(devices)
+        found.append((time.perf_counter() - start) / times)
+    return statistics.median(found)
+
+
+def _step_seconds(network: Network) -> list[float]:
+    """Seconds of each step: of its calls, timed one by one."""
+    devices = _devices(network)
+    steps = [0.0] * len(network.report.optimized.steps)
+    for part in network.parts:
+        values = [_random(known) for known in part.types]
+        if part.lowered is None:
+            steps[part.steps[0]] += _time(partial(torch.einsum, part.equation, values), devices)
+            continue
+        for number, call in zip(part.steps, part.lowered.program.calls, strict=True):
+            # What is written in place is so at each of the rounds; nobody reads the values.
+            if number >= 0:
+                steps[number] += _time(partial(operate, call, values), devices)
+            values.append(operate(call, values))
+    return steps
+
+
+def _runs(parts: Sequence[Part]) -> Callable[[], Any]:
+    """What runs all parts."""
+    ready = []
+    for part in parts:
+        values = [_random(known) for known in part.types]
+        if part.lowered is None:
+            ready.append(partial(torch.einsum, part.equation, values))
+        else:
+            ready.append(partial(compile_program(plain_program(part.lowered.program)), *values))
+
+    def run() -> None:
+        for function in ready:
+            function()
+
+    return run
+
+
+def _calls(network: Network) -> Callable[[], Any]:
+    """What runs the user's calls."""
+    leaves = {name: _random(known) for name, known in network.leaves.items()}
+    order = [(node, _last_uses(network.calls, node)) for node in network.calls]
+
+    def run() -> None:
+        values: dict[str, Any] = dict(leaves)
+        for node, done in order:
+            values[node.name] = _call(node, values, network.numbers)
+            for name in done:
+                del values[name]
+
+    return run
+
+
+def _last_uses(nodes: Sequence[fx.Node], node: fx.Node) -> list[str]:
+    """The values of calls that nothing uses after ``node``."""
+    own = {other.name for other in nodes}
+    later = {used.name for other in nodes[nodes.index(node) + 1 :] for used in other.all_input_nodes}
+    return [used.name for used in node.all_input_nodes if used.name in own and used.name not in later]
+
+
+def _call(node: fx.Node, values: Mapping[str, Any], numbers: Mapping[str, int | float]) -> Any:
+    def value(argument: fx.Node) -> Any:
+        if NUMBER in argument.meta and argument.name not in values:
+            return eval(argument.meta[NUMBER], {"math": math, **numbers})
+        return values[argument.name]
+
+    args, kwargs = fx.node.map_arg(node.args, value), fx.node.map_arg(node.kwargs, value)
+    if node.op == "call_method":
+        return getattr(args[0], str(node.target))(*args[1:], **kwargs)
+    assert callable(node.target)
+    return node.target(*args, **kwargs)

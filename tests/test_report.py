@@ -1,0 +1,569 @@
+"""Reports: what they say of small models is so, in each form in which they say it."""
+
+from __future__ import annotations
+
+import builtins
+import inspect
+import itertools
+import json
+import logging
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lazy_einsum import OptimizedModule, Report, logs
+from lazy_einsum.report import NetworkReport
+from lazy_einsum.report_drawing import draw
+
+WIDTH = 100
+
+
+class Layers(nn.Module):
+    """Two einsums that become one, scaled, a product that stands alone, and a part of a network that is a relu."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.low = nn.Parameter(torch.rand(64, 2))
+        self.high = nn.Parameter(torch.rand(2, 64))
+        self.register_buffer("basis", torch.rand(64, 64))
+
+    def forward(self, x: Tensor, *, bias: Tensor) -> Tensor:
+        weight = torch.einsum("or,ri->oi", self.low, self.high) * 0.5
+        y = torch.einsum("ni,oi->no", x, weight)
+        return torch.relu(y) @ self.basis + bias
+
+
+LINES, FIRST = inspect.getsourcelines(Layers.forward)
+
+
+def line(text: str) -> str:
+    """``file:line`` of a line of ``Layers.forward``."""
+    return f"{__file__}:{FIRST + next(number for number, code in enumerate(LINES) if text in code)}"
+
+
+def layers_report(**options: Any) -> Report:
+    return OptimizedModule(Layers()).explain(torch.rand(8, 64), bias=torch.rand(64), **options)
+
+
+def chain(*operands: Tensor) -> Tensor:
+    return torch.einsum("ij,jk,kl,l->i", *operands)
+
+
+def chain_operands(n: int = 64) -> list[Tensor]:
+    return [torch.rand(n, n), torch.rand(n, n), torch.rand(n, n), torch.rand(n)]
+
+
+def network_of(report: Report) -> NetworkReport:
+    (network,) = report.networks
+    return network
+
+
+# -- facts -----------------------------------------------------------------------------------------------------------
+
+
+def test_what_was_fused_is_named_with_the_users_lines() -> None:
+    network = network_of(layers_report())
+    assert network.is_fused
+    assert [call.text for call in network.calls] == ["einsum 'or,ri->oi'", "einsum 'ni,oi->no'"]
+    assert [call.where for call in network.calls] == [line("or,ri->oi"), line("ni,oi->no")]
+    assert network.where == line("ni,oi->no")
+
+
+def test_operands_have_the_users_names() -> None:
+    operands = {operand.name: operand for operand in network_of(layers_report()).optimized.operands}
+    assert {name: operand.kind for name, operand in operands.items()} == {
+        "x": "argument",
+        "low": "parameter",
+        "high": "parameter",
+    }
+    assert operands["low"].where == line("or,ri->oi")
+    assert operands["low"].bytes == 64 * 2 * 4
+
+
+def test_names_of_nested_arguments_buffers_and_computed_values() -> None:
+    def f(batch: dict[str, Tensor], *rest: Tensor) -> Tensor:
+        return torch.einsum("ij,jk,kl->il", batch["x"].relu(), rest[0].reshape(8, 8), batch["y"])
+
+    report = OptimizedModule(f).explain({"x": torch.rand(8, 8), "y": torch.rand(8, 8)}, torch.rand(64))
+    names = [operand.name for operand in network_of(report).optimized.operands]
+    assert names == ["relu of batch['x']", "reshape of rest[0]", "batch['y']"]
+
+    class Buffered(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Module()
+            self.inner.register_buffer("table", torch.rand(8, 8))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.einsum("ij,jk,kl->il", x, self.inner.table, x)
+
+    first, table, _ = network_of(OptimizedModule(Buffered()).explain(torch.rand(8, 8))).optimized.operands
+    assert (first.name, table.name, table.kind) == ("x", "inner.table", "buffer")
+
+
+@torch.no_grad()
+def test_figures_of_a_chain() -> None:
+    n = 64
+    network = network_of(OptimizedModule(chain).explain(*chain_operands(n)))
+    optimized, written = network.optimized, network.written
+    assert written is not None
+    assert (network.naive_scaling, optimized.scaling) == (4, 2)
+    assert network.naive_flops == 4 * n**4  # three products and a sum
+    assert optimized.flops == 3 * 2 * n**2
+    assert optimized.largest_bytes == 4 * n
+    assert optimized.peak_bytes == 2 * 4 * n  # a vector and the next
+    assert optimized.bytes == 3 * 4 * (n**2 + 2 * n)
+    assert (optimized.saved_bytes, optimized.backward_seconds, optimized.backward_flops) == (None, None, 0)
+    assert [step.kernel for step in optimized.steps] == ["mv"] * 3
+    assert [step.blas for step in optimized.steps] == ["GEMV"] * 3
+    assert optimized.steps[-1].remaining.startswith("a->")
+    assert network.path == ((2, 3), (1, 2), (0, 1))
+    assert network.order == "(operands[2], operands[3]), (operands[1], #4), (operands[0], #5)"
+    assert optimized.seconds == pytest.approx(sum(step.seconds for step in optimized.steps))
+
+
+def test_as_written_is_what_eager_does() -> None:
+    def f(a: Tensor, b: Tensor, c: Tensor, x: Tensor) -> Tensor:
+        ab = torch.einsum("ij,jk->ik", a, b)
+        return torch.einsum("ik,kl->il", ab, c) @ x
+
+    n = 64
+    network = network_of(OptimizedModule(f).explain(*chain_operands(n)))
+    written = network.written
+    assert written is not None
+    assert written.flops == 2 * 2 * n**3 + 2 * n**2
+    assert written.largest_bytes == 4 * n**2
+    assert written.peak_bytes == 2 * 4 * n**2
+    assert [step.kernel for step in written.steps] == ["einsum", "einsum", "matmul"]
+    assert network.optimized.flops == 3 * 2 * n**2
+
+
+def test_backward_is_counted_where_autograd_follows() -> None:
+    operands = [x.requires_grad_() for x in chain_operands()]
+    model = OptimizedModule(chain)
+    optimized = network_of(model.explain(*operands)).optimized
+    assert optimized.backward_flops == 2 * optimized.flops
+    assert optimized.saved_bytes == sum(4 * x.numel() for x in operands) + 2 * 4 * 64
+    assert optimized.backward_seconds is not None and optimized.backward_seconds > 0
+    with torch.no_grad():
+        assert network_of(model.explain(*operands)).optimized.backward_seconds is None
+
+
+def test_a_matrix_used_twice_gives_each_step_its_own_calls() -> None:
+    network = network_of(
+        OptimizedModule(lambda a, x: torch.einsum("ij,jk,kl,l->i", a, a, a, x)).explain(
+            torch.rand(64, 64), torch.rand(64)
+        )
+    )
+    assert [step.code for step in network.optimized.steps] == [
+        ("v4 = v2.mv(v3)",),
+        ("v5 = v1.mv(v4)",),
+        ("return v0.mv(v5)",),
+    ]
+
+
+def test_what_is_shared() -> None:
+    def f(a: Tensor, b: Tensor, c: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.einsum("ij,jk,kl->il", a, b, c), torch.einsum("jk,ij,lk->il", b, a, d)
+
+    report = OptimizedModule(f).explain(*[torch.rand(200, 200) for _ in range(4)])
+    shared = [network for network in report.networks if network.made_by == "share"]
+    assert len(report.networks) == 3 and len(shared) == 1
+    assert set(shared[0].shared_by) == {network.name for network in report.networks if network is not shared[0]}
+    assert shared[0].written is None
+
+
+def test_equal_einsums_are_computed_once() -> None:
+    def f(a: Tensor, b: Tensor) -> Tensor:
+        return torch.einsum("ij,jk->ik", a, b).relu() + torch.einsum("jk,ij->ik", b, a).tanh()
+
+    (entry,) = OptimizedModule(f).explain(torch.rand(200, 200), torch.rand(200, 200)).specializations
+    assert len(entry.networks) == 1
+    assert [call.text for call in entry.repeated] == ["einsum 'jk,ij->ik'"]
+
+
+@torch.no_grad()
+def test_what_is_folded() -> None:
+    class Factored(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a = nn.Parameter(torch.rand(64, 64))
+            self.b = nn.Parameter(torch.rand(64, 64))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.einsum("ni,ij,jk->nk", x, self.a, self.b)
+
+    model = OptimizedModule(Factored(), frozen=True)
+    model(torch.rand(300, 64))
+    report = model.explain()
+    assert network_of(report).folded == 1
+    assert [step.kernel for step in network_of(report).optimized.steps] == ["computed once", "mm"]
+    (fold,) = report.specializations[0].folds
+    assert fold.names == ("a", "b") and fold.bytes == report.fold_bytes == 64 * 64 * 4
+
+
+def reasons(f: Any, *args: Tensor, **options: Any) -> list[tuple[str, str]]:
+    (entry,) = OptimizedModule(f, **options).explain(*args).specializations
+    return [(left.call.text, left.reason) for left in entry.left]
+
+
+def test_what_was_left_alone_has_the_reason_of_the_pass() -> None:
+    a, b, x = torch.rand(8, 8), torch.rand(8, 8), torch.rand(8, 8)
+    assert reasons(lambda a, b: a @ b, a, b) == [("matmul", "it stands alone: there is no other order")]
+    ((_, reason), _) = reasons(lambda a, b, x: (a @ b) @ x, a, b, x)
+    assert reason.startswith("as written ") and "by the cost model" in reason
+    ((text, reason),) = reasons(
+        lambda a, b, x: torch.einsum("ij,jk->ik", ab := torch.einsum("ij,jk->ik", a, b), x) + ab, a, b, x
+    )
+    assert text == "einsum 'ij,jk->ik'" and reason.endswith("its value is used more than once")
+    half = [t.half() for t in (a, b)]
+    ((_, reason),) = reasons(lambda a, b: a @ b, *half)
+    assert reason == "the order of products in float16 is kept (reassociate=True)"
+    ((_, reason),) = reasons(
+        lambda a, b, x: torch.einsum("ij,jk->ik", torch.einsum("ij,jk->ik", a, b), x), a, b, x, reassociate=False
+    )
+    assert "reassociate=False" in reason
+    bytes_ = torch.ones(8, 8, dtype=torch.uint8)
+    ((_, reason),) = reasons(lambda a: torch.einsum("ij,jk->ik", a, a), bytes_)
+    assert reason.startswith("it stays a call of torch.einsum: ")
+
+
+def test_explain_does_not_run_the_model_and_leaves_the_cache() -> None:
+    class Counting(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("calls", torch.zeros(()))
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.calls.add_(1)
+            return torch.einsum("ij,jk,kl->il", x, x, x)
+
+    model = OptimizedModule(Counting())
+    model.explain(torch.rand(4, 4))
+    info, keys = model.cache_info(), list(model.specializations)
+    assert info[:2] == (0, 1) and len(keys) == 1
+    model.explain()
+    model.explain(torch.rand(4, 4), measure=True)
+    assert (model.cache_info(), list(model.specializations)) == (info, keys)
+    assert model.module.calls == 0
+
+
+def test_a_call_that_cannot_be_traced_is_explained_too() -> None:
+    model = OptimizedModule(lambda x: x.sum().item())
+    report = model.explain(torch.rand(3))
+    assert not report.specializations and len(report.reasons) == 1 and __file__ in report.reasons[0]
+    assert report.last_miss.startswith("can't be traced: ")
+    with pytest.warns(match="runs as it is"):  # explaining has not used the warning up
+        model(torch.rand(3))
+
+
+def test_misses_have_reasons() -> None:
+    model = OptimizedModule(chain)
+    assert model.explain().last_miss == ""
+    model(*chain_operands(3))
+    assert model.explain().last_miss == "first call"
+    model(*chain_operands(3))
+    model(*chain_operands(5))
+    report = model.explain()
+    assert report.last_miss == "argument 0: f32[5, 5] here, f32[3, 3] there"
+    assert [miss.module for miss in report.misses] == ["chain", "chain"]
+    assert (report.cache["hits"], [entry.hits for entry in report.specializations]) == (1, [1, 0])
+
+
+def test_generic_code_is_reported_at_its_example() -> None:
+    model = OptimizedModule(lambda x, a, b: torch.einsum("ni,ij,jk->nk", x, a, b))
+    a, b = torch.rand(8, 8), torch.rand(8, 2)
+    for n in (30, 40, 50):
+        model(torch.rand(n, 8), a, b)
+    report = model.explain(measure=True)
+    generic = report.specializations[-1]
+    assert generic.is_generic
+    (network,) = generic.networks
+    assert network.optimized.operands[0].shape == (50, 8) and network.eager_ratio is not None
+    json.dumps(report.to_dict(), allow_nan=False)
+
+
+def test_stages_have_their_seconds() -> None:
+    (entry,) = layers_report().specializations
+    assert list(entry.stage_seconds) == [*entry.stages, "code"]
+    assert sum(entry.stage_seconds.values()) == pytest.approx(entry.build_seconds)
+    assert entry.stage_seconds["trace"] > 0
+
+
+def test_einsums_whose_result_nobody_uses_are_marked() -> None:
+    def f(x: Tensor, y: Tensor) -> Tensor:
+        torch.einsum("ij,jk->ik", x, y)
+        return torch.einsum("ij,kj->ik", x, y)
+
+    used = [network.is_used for network in OptimizedModule(f).explain(torch.rand(4, 4), torch.rand(4, 4)).networks]
+    assert used == [False, True]
+
+
+# -- measured --------------------------------------------------------------------------------------------------------
+
+
+def test_measured_steps_stand_beside_the_predictions() -> None:
+    report = layers_report(measure=True)
+    network = network_of(report)
+    assert all(step.measured_seconds > 0 for step in network.optimized.steps)  # type: ignore[operator]
+    assert network.written is not None and network.written.measured_seconds is not None
+    assert network.eager_ratio == pytest.approx(
+        network.written.measured_seconds / network.optimized.measured_seconds  # type: ignore[operator]
+    )
+    assert report.eager_ratio == network.eager_ratio
+    assert "measured" in str(report) and "measured" in report._repr_html_()
+    assert layers_report().eager_ratio is None
+
+
+# -- forms -----------------------------------------------------------------------------------------------------------
+
+
+def forty_operands() -> tuple[Any, list[Tensor]]:
+    """A chain of forty with a few labels across."""
+    terms = [[f"i{n}", f"i{n + 1}"] for n in range(40)]
+    for one, two in ((0, 20), (5, 30), (12, 25)):
+        terms[one].append(f"x{one}")
+        terms[two].append(f"x{one}")
+    numbers = {label: number for number, label in enumerate(dict.fromkeys(itertools.chain(*terms)))}
+    sublists = [[numbers[label] for label in term] for term in terms]
+
+    def f(*operands: Tensor) -> Tensor:
+        return torch.einsum(
+            *[item for pair in zip(operands, sublists, strict=True) for item in pair], [0, numbers["i40"]]
+        )
+
+    return f, [torch.rand([2] * len(term)) for term in terms]
+
+
+def e3nn_report() -> Report:
+    o3 = pytest.importorskip("e3nn.o3")
+    product = o3.FullyConnectedTensorProduct("4x0e+4x1o", "1x0e+1x1o", "4x0e+4x1o")
+    return OptimizedModule(product).explain(torch.rand(16, 16), torch.rand(16, 4))
+
+
+@pytest.fixture(params=["layers", "measured", "forty", "e3nn"], scope="module")
+def report(request: pytest.FixtureRequest) -> Report:
+    if request.param == "e3nn":
+        return e3nn_report()
+    if request.param == "forty":
+        child, operands = forty_operands()
+        return OptimizedModule(child).explain(*operands)
+    return layers_report(measure=request.param == "measured")
+
+
+def test_text_fits_a_hundred_columns(report: Report) -> None:
+    text = str(report)
+    assert max(map(len, text.splitlines())) <= WIDTH
+    assert all(max(map(len, str(network).splitlines())) <= WIDTH for network in report.networks)
+    assert "def forward" in text and "last miss: first call" in text
+
+
+def test_data_goes_through_json(report: Report) -> None:
+    data = report.to_dict()
+    assert json.loads(json.dumps(data, allow_nan=False)) == data
+    assert [entry["code"] for entry in data["specializations"]] == [entry.code for entry in report.specializations]
+
+
+class Page(HTMLParser):
+    """Checks that what is opened is closed, and counts."""
+
+    VOID = frozenset({"meta", "circle", "path", "br"})
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.counts: dict[str, int] = {}
+        self.attributes: list[tuple[str, str, str | None]] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.counts[tag] = self.counts.get(tag, 0) + 1
+        self.attributes += [(tag, name, value) for name, value in attrs]
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.counts[tag] = self.counts.get(tag, 0) + 1
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+
+def read_page(text: str) -> Page:
+    page = Page()
+    page.feed(text)
+    page.close()
+    assert page.open == []
+    return page
+
+
+def test_the_page_is_one_well_formed_file_without_scripts(report: Report, tmp_path: Path) -> None:
+    file = tmp_path / "report.html"
+    report.save(file)
+    text = file.read_text(encoding="utf-8")
+    page = read_page(text)
+    assert text.startswith("<!doctype html>") and page.counts["html"] == page.counts["main"] == page.counts["h1"] == 1
+    trees = sum(1 + (network.written is not None) for network in report.networks)
+    assert page.counts["svg"] == trees and page.counts["table"] > 3 and page.counts["details"] > 1
+    assert not {"script", "link", "img", "iframe"} & page.counts.keys()
+    assert not [item for item in page.attributes if item[1] in ("src", "href", "onclick")] and "http" not in text
+    assert "prefers-color-scheme: dark" in text
+    steps = sum(len(network.optimized.steps) + len(network.optimized.operands) for network in report.networks)
+    assert page.counts["circle"] > steps
+    assert len(text.encode()) < 2_000_000
+
+
+def test_a_notebook_gets_the_page_without_its_frame(report: Report) -> None:
+    page = read_page(report._repr_html_())
+    assert "html" not in page.counts and page.counts["main"] == 1
+
+
+def test_what_scrolls_and_what_opens_can_be_reached_by_keyboard(report: Report) -> None:
+    page = read_page(report._repr_html_())
+    assert page.counts["summary"] == page.counts["details"]
+    regions = [item for item in page.attributes if item[1:] == ("role", "region")]
+    assert len(regions) == len(report.specializations) and ("div", "tabindex", "0") in page.attributes
+    svgs = [item for item in page.attributes if item[0] == "svg" and item[1] == "aria-label"]
+    assert len(svgs) == page.counts["svg"]
+
+
+def test_names_of_the_user_are_escaped() -> None:
+    child = nn.Module()
+    child.forward = lambda x: torch.einsum("ij,jk->ik", x["<b>"], x["<b>"])  # type: ignore[method-assign, assignment]
+    text = OptimizedModule(child).explain({"<b>": torch.rand(3, 3)})._repr_html_()
+    assert "&lt;b&gt;" in text and "<b>" not in text
+
+
+def test_a_page_of_forty_operands_draws_them_all() -> None:
+    child, operands = forty_operands()
+    network = network_of(OptimizedModule(child).explain(*operands))
+    drawing = draw(network.optimized, max(step.flops for step in network.optimized.steps))
+    assert len(drawing.spots) == 79 and len(drawing.lines) == 78
+    assert sorted(spot.x for spot in drawing.spots if spot.level < 0) == list(range(40))
+    assert all(drawing.spots[line.start].y < drawing.spots[line.end].y for line in drawing.lines)
+    widths = {line.width for line in drawing.lines}
+    assert min(widths) >= 1 and all(math.isfinite(width) for width in widths)
+
+
+def test_a_figure_is_drawn(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    figure = layers_report().plot()
+    assert len(figure.axes) == 2
+    assert [len(axes.lines) for axes in figure.axes] == [5, 4]  # with the scaling as a step of its own
+    figure.savefig(tmp_path / "figure.png")
+    assert (tmp_path / "figure.png").stat().st_size > 5000
+
+
+def test_without_matplotlib_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = builtins.__import__
+
+    def without(name: str, *rest: Any) -> Any:
+        if name.startswith("matplotlib"):
+            raise ImportError(name)
+        return real(name, *rest)
+
+    report = layers_report()
+    monkeypatch.setattr(builtins, "__import__", without)
+    with pytest.raises(ImportError, match=r"pip install 'lazy_einsum\[plot\]'"):
+        report.plot()
+
+
+def test_a_newcomer_finds_out_in_one_line_each() -> None:
+    report = e3nn_report()
+    fused = [network for network in report.networks if network.is_fused]
+    assert len(report.fused) == len(fused) == 4
+    assert all("tensordot" in text and "->" in text for text in report.fused)
+    assert len(report.orders) == len(report.networks)
+    assert any("reshape of weight" in order for order in report.orders)
+    assert report.largest_bytes == 16 * 4 * 3 * 3 * 4
+    assert report.last_miss == "first call"
+
+
+# -- logs and profiles -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def loggers() -> Iterator[None]:
+    """Takes back what ``configure`` does."""
+    yield
+    for name in logs.NAMES:
+        logger = logging.getLogger(f"lazy_einsum.{name}")
+        logger.setLevel(logging.NOTSET)
+        logger.handlers.clear()
+
+
+def test_passes_plans_and_code_are_logged(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.DEBUG, "lazy_einsum"):
+        OptimizedModule(chain)(*chain_operands())
+    texts: dict[str, list[str]] = {}
+    for record in caplog.records:
+        texts.setdefault(record.name.removeprefix("lazy_einsum."), []).append(record.getMessage())
+    assert len(texts["passes"]) == 11 and "fuse_einsums" in " ".join(texts["passes"])
+    assert "def forward" in texts["code"][0] and "ab,bc,cd,d->a" in texts["plans"][0]
+    assert all("chain" in text and "f32[64, 64]" in text for found in texts.values() for text in found)
+
+
+def test_a_variable_turns_logs_on(loggers: None, capsys: pytest.CaptureFixture[str]) -> None:
+    logs.configure({logs.VARIABLE: "cache, graph_breaks"})
+    logs.configure({logs.VARIABLE: "cache"})  # a second time adds no second handler
+    OptimizedModule(chain)(*chain_operands())
+    OptimizedModule(lambda x: x.sum().item(), on_untraceable="ignore")(torch.rand(3))
+    lines = capsys.readouterr().err.splitlines()
+    assert [text.split(":")[0] for text in lines] == ["lazy_einsum.cache", "lazy_einsum.graph_breaks"]
+    assert "chain: miss for (f32[64, 64]" in lines[0] and "runs as it is" in lines[1]
+
+
+def test_an_unknown_log_is_refused() -> None:
+    with pytest.raises(ValueError, match="names plan; expected some of cache,graph_breaks,plans,passes,code"):
+        logs.configure({logs.VARIABLE: "cache,plan"})
+
+
+def test_the_variable_is_read_in_a_new_process() -> None:
+    program = "import torch, lazy_einsum; lazy_einsum.OptimizedModule(lambda x: x + 1)(torch.rand(3))"
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, env={**os.environ, logs.VARIABLE: "cache"}
+    )
+    assert done.returncode == 0 and "lazy_einsum.cache: <lambda>: miss for (f32[3])" in done.stderr
+
+
+def test_a_profile_shows_specializations_and_contractions_by_name() -> None:
+    model, operands = OptimizedModule(chain), chain_operands()
+    expected = model(*operands)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        first = OptimizedModule(chain)(*operands)
+        found = model(*operands)
+        model(*operands)
+    assert torch.equal(found, expected) and torch.equal(first, expected)
+    counts = {event.key: event.count for event in profile.key_averages()}
+    whole = "lazy_einsum: chain(f32[64, 64], f32[64, 64], f32[64, 64], f32[64])"
+    assert counts[whole] == 3 and counts["einsum ab,bc,cd,d->a"] == 3
+    assert counts["aten::mv"] == 9
+
+
+def test_without_a_profiler_nothing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, operands = OptimizedModule(chain), chain_operands()
+    (entry,) = [model.prepare(*operands)]
+    monkeypatch.setattr(entry, "run_named", None)
+    model(*operands)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]), pytest.raises(TypeError):
+        model(*operands)
+
+
+def test_a_profile_keeps_gradients_and_results_in_containers() -> None:
+    class Pair(nn.Module):
+        def forward(self, x: Tensor) -> dict[str, Tensor]:
+            return {"y": torch.einsum("ij,jk,kl->il", x, x, x)}
+
+    model, x = OptimizedModule(Pair()), torch.rand(4, 4, dtype=torch.float64, requires_grad=True)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]):
+        (found,) = torch.autograd.grad(model(x)["y"].sum(), x)
+    (expected,) = torch.autograd.grad((x @ x @ x).sum(), x)
+    torch.testing.assert_close(found, expected)
