@@ -7,7 +7,7 @@ that broadcasts is summed back.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from . import cost
 from .layout import (
@@ -73,7 +73,16 @@ def arrival_seconds(way: Way, gradient: Layout, sizes: Sizes) -> float:
         small = batch > 1 and work < batch * cost.CPU.small_products
         if batch > 1 and not small and found is not None and not is_matrix(groups, found, sizes):
             return batch * cost.CPU.item
-        return matrix_view(gradient, groups, strides, sizes, small).seconds
+        view = matrix_view(gradient, groups, strides, sizes, small)
+        seconds = view.seconds
+        if len(groups) > 1 and view.strides[-1] != 1 == view.strides[-2]:
+            # Both products then take it across.
+            shape = _Shape.of(way, sizes)
+            seconds += sum(
+                cost.product_seconds(*across) - cost.product_seconds(*along)
+                for across, along in zip(shape.products(True), shape.products(False), strict=True)
+            )
+        return seconds
     own = label_strides(way.result, sizes)
     order = memory_order(way.result.labels, own)
     if all(strides[label] == own[label] for label in order):
@@ -86,24 +95,54 @@ def arrival_seconds(way: Way, gradient: Layout, sizes: Sizes) -> float:
 _Gradients = tuple[Layout | None, Layout | None]
 
 
+class _Shape(NamedTuple):
+    """A product of matrices.
+
+    Attributes:
+        groups: labels of the batch, rows, columns, and what is summed.
+        sizes: theirs.
+        x_across: the first operand is contiguous along its rows' label.
+        y_across: the second one along the summed label.
+    """
+
+    groups: tuple[str, str, str, str]
+    sizes: tuple[int, ...]
+    x_across: bool
+    y_across: bool
+
+    @classmethod
+    def of(cls, way: Way, sizes: Sizes) -> _Shape:
+        """That of a way that is one."""
+        batched = len(way.result.dims) == 3
+        batch = way.result.dims[0] if batched else ""
+        rows, summed = ("", *way.first)[-2:] if not batched and len(way.first) == 1 else way.first[-2:]
+        columns = way.second[-1] if batched or len(way.second) == 2 else ""
+        groups = batch, rows, columns, summed
+        first, second = way.strides
+        return cls(
+            groups, shape_of(groups, sizes), len(first) > 1 and first[-2] == 1, len(second) > 1 and second[-1] == 1
+        )
+
+    def products(self, across: bool = False) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+        """What autograd multiplies for the gradient of each operand, that of the result lying ``across`` or not."""
+        b, m, n, k = self.sizes
+        return (b, m, k, n, not across, self.y_across), (b, k, n, m, self.x_across, across)
+
+
 def _of_product(way: Way, follows: tuple[bool, bool], sizes: Sizes) -> tuple[float, _Gradients]:
     """Products with the transposed operands."""
     batched = len(way.result.dims) == 3
-    batch = way.result.dims[0] if batched else ""
     # An operand that is expanded to be a batch has two groups only.
     expanded = tuple(batched and len(groups) == 2 for groups in (way.first, way.second))
-    rows, summed = ("", *way.first)[-2:] if not batched and len(way.first) == 1 else way.first[-2:]
-    columns = way.second[-1] if batched or len(way.second) == 2 else ""
-    b, m, n, k = shape_of((batch, rows, columns, summed), sizes)
+    shape = _Shape.of(way, sizes)
+    batch, rows, columns, summed = shape.groups
+    b, m, n, k = shape.sizes
     first, second = way.strides
-    x_across = len(first) > 1 and first[-2] == 1
-    y_across = len(second) > 1 and second[-1] == 1
-    # What autograd multiplies for the gradient of each operand. That of a matrix that lies column by column comes so
-    # too, but only of the product of two.
+    # That of a matrix that lies column by column comes so too, but only of the product of two.
     matrices = not batched and len(first) == len(second) == 2
     turned = matrices and first == (1, m), matrices and second == (1, k)
-    straight_products = (b, m, k, n, True, y_across), (b, k, n, m, x_across, False)
-    turned_products = (1, k, m, n, y_across, True), (1, n, k, m, False, x_across)
+    straight_products = shape.products()
+    turned_products = (1, k, m, n, shape.y_across, True), (1, n, k, m, False, shape.x_across)
     seconds = 0.0
     gradients: list[Layout | None] = [None, None]
     for side, matrix in enumerate(((rows, summed), (summed, columns))):

@@ -379,7 +379,7 @@ def test_lower_takes_two_operands_at_most() -> None:
 
 
 def test_intermediates_are_freed_and_source_is_shared() -> None:
-    operands = [torch.randn(4, 5), torch.randn(5, 6), torch.randn(6, 7), torch.randn(7, 9)]
+    operands = [torch.randn(2, 16), *(torch.randn(16, 16) for _ in range(3))]
     program = program_of("ab,bc,cd,de->ae", operands)
     assert targets(program) == ["mm", "mm", "mm"]
     assert program.source.count("del ") == 1

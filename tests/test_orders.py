@@ -1,0 +1,98 @@
+"""Orders that are compared by the calls that they are lowered to."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from equations import make_operands
+from oracle import loops
+
+from lazy_einsum import OptimizedModule, orders
+from lazy_einsum.kernels import lower_plan
+from lazy_einsum.labelsets import SavedLimit
+from lazy_einsum.orders import _order_of, _trees, plan_by_calls
+from lazy_einsum.plan import Plan, positions, saved_elements
+from lazy_einsum.program import Program, run
+from lazy_einsum.saved import Written, WrittenNetwork, plan_saving
+from lazy_einsum.signature import TensorType
+from lazy_einsum.spec import EinsumSpec
+
+# By its sizes the order with the products of 1.26 million elements is the better one: that the other needs no copy, and
+# sums three terms only, is in the calls.
+GRADIENTS = "abc,bde,ce->acd", ((3, 3, 4000), (3, 35, 35), (4000, 35))
+
+
+def network_of(equation: str, operands: list[torch.Tensor]) -> WrittenNetwork:
+    spec = EinsumSpec.parse(equation, [x.dim() for x in operands])
+    types = tuple(TensorType.of(x) for x in operands)
+    return WrittenNetwork(Written.plain(spec), spec, types, tuple(range(len(operands))))
+
+
+@pytest.mark.parametrize(("n", "count"), [(2, 1), (3, 3), (4, 15), (5, 105)])
+def test_each_tree_once(n: int, count: int) -> None:
+    found = [_order_of(tree, n) for tree in _trees(tuple(range(n)))]
+    assert len(found) == count
+    results = set()
+    for order in found:
+        below = [frozenset([leaf]) for leaf in range(n)]
+        for left, right in order:
+            assert not below[left] & below[right]
+            below.append(below[left] | below[right])
+        assert below[-1] == frozenset(range(n))
+        results.add(frozenset(below))
+    assert len(results) == count
+
+
+def test_the_order_whose_calls_take_less_time() -> None:
+    operands = make_operands(GRADIENTS[1], torch.float32)
+    network = network_of(GRADIENTS[0], operands)
+    by_sizes, _ = plan_saving(network, None)
+    by_calls, _ = plan_by_calls(network, None)
+    assert by_calls.ssa_path != by_sizes.ssa_path
+    assert by_calls.seconds > by_sizes.seconds
+    types = network.types
+    assert lower_plan(by_calls, types).seconds < 0.6 * lower_plan(by_sizes, types).seconds
+    expected = torch.einsum(GRADIENTS[0], *(x.double() for x in operands))
+    with torch.no_grad():
+        found = OptimizedModule(lambda x, y, z: torch.einsum(GRADIENTS[0], x, y, z))(*operands)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-3, atol=1e-3)
+
+
+def test_what_was_asked_for_stays() -> None:
+    operands = make_operands(GRADIENTS[1], torch.float32)
+    network = network_of(GRADIENTS[0], operands)
+    by_sizes, _ = plan_saving(network, None)
+    assert plan_by_calls(network, None, by_sizes.path)[0].path == by_sizes.path
+    frozen = network._replace(frozen=(True, False, False))
+    assert plan_by_calls(frozen, None) == plan_saving(frozen, None)
+
+
+def test_a_limit_on_saved_memory_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    shapes = ((20, 300), (300, 40), (40, 200), (200, 5))
+    operands = [x.requires_grad_() for x in make_operands(shapes, torch.float64)]
+    network = network_of("ab,bc,cd,de->ae", operands)
+    limit = SavedLimit((True,) * 4, tuple(x.numel() for x in operands), (0, 1, 2, 3))
+
+    def saved(plan: Plan) -> int:
+        return saved_elements(network.spec, shapes, plan.ssa_path, limit)
+
+    def lower_plan(plan: Plan, *_: object) -> Program:
+        return Program(4, (), (), (), 1 / saved(plan))  # the more an order saves, the better it seems
+
+    monkeypatch.setattr(orders, "_LEAST", 0.0)
+    monkeypatch.setattr(orders, "_FAR", 1e6)
+    monkeypatch.setattr(orders, "lower_plan", lower_plan)
+    most = saved(plan_saving(network, 1.0)[0])
+    assert saved(plan_by_calls(network, 1.0)[0]) <= most
+    assert saved(plan_by_calls(network, None)[0]) > 1.1 * most
+
+
+def test_all_orders_compute_the_same() -> None:
+    equation, shapes = "ab,bcd,da,c->bd", ((2, 3), (3, 2, 4), (4, 2), (2,))
+    operands = make_operands(shapes, torch.int64)
+    network = network_of(equation, operands)
+    expected = loops(network.spec, operands)
+    for tree in _trees((0, 1, 2, 3)):
+        path = positions(_order_of(tree, 4), 4)
+        plan, _ = plan_by_calls(network, None, path)
+        torch.testing.assert_close(run(lower_plan(plan, network.types), operands), expected, rtol=0, atol=0)
