@@ -132,12 +132,8 @@ def _example(node: fx.Node) -> torch.Tensor:
     example = make_fake(replace(known, requires_grad=False, is_leaf=True, is_inference=False))
     with torch.no_grad():
         example.zero_()
-    if known.requires_grad:
-        example.requires_grad_()
-    if not known.is_leaf:
-        with torch.enable_grad():
-            example = example.view_as(example)
-    return example
+    # A leaf in any case: that matters only to what is written, and that is nothing which autograd follows.
+    return example.requires_grad_(known.requires_grad)
 
 
 def _bare(graph: fx.Graph) -> fx.Graph:
