@@ -132,12 +132,8 @@ def _example(node: fx.Node) -> torch.Tensor:
     example = make_fake(replace(known, requires_grad=False, is_leaf=True, is_inference=False))
     with torch.no_grad():
         example.zero_()
-    if known.requires_grad:
-        example.requires_grad_()
-    if not known.is_leaf:
-        with torch.enable_grad():
-            example = example.view_as(example)
-    return example
+    # A leaf in any case: that matters only to what is written, and that is nothing which autograd follows.
+    return example.requires_grad_(known.requires_grad)
 
 
 def _bare(graph: fx.Graph) -> fx.Graph:
@@ -207,6 +203,8 @@ def split(entry: Specialization, grad: bool) -> Parts:
     written = tuple(number for number, node in enumerate(given) if _is_written(node, main))
     if any(followed) and any(_requires_grad(given[number]) for number in written):
         raise NotCompilableError("forward writes to a tensor that autograd follows")
+    if any(followed) and _reads_written([given[number] for number in written], main):
+        raise NotCompilableError("forward reads a tensor that it also writes, and autograd follows")
     draws = any(not known.steady for node in main if (known := facts(node)) is not None)
     reach = _reach(given, main, results) if any(followed) else ()
     if not _go_together(main, [node for node, follows in zip(results, followed, strict=True) if follows]):
@@ -340,6 +338,24 @@ def _is_written(node: fx.Node, main: Sequence[fx.Node]) -> bool:
     assert known is not None
     found = {number for other in main if (effects := facts(other)) is not None for number in effects.writes}
     return known.storage in found or EVERYTHING in found
+
+
+def _reads_written(written: Sequence[fx.Node], main: Sequence[fx.Node]) -> bool:
+    """Whether inputs that are written are also read other than to be updated. (AOTAutograd may save such an input for
+    the backward pass, which then finds the value after the write: a wrong gradient, and no error.)
+    """
+    storages = {known.storage for node in written if (known := facts(node)) is not None}
+    for node in main:
+        known = facts(node)
+        taken = {found.storage for operand in node.all_input_nodes if (found := facts(operand)) is not None} & storages
+        if not taken:
+            continue
+        if known is None or not taken <= set(known.writes):
+            return True
+        is_norm = getattr(node.target, "__name__", "") in ("batch_norm", "instance_norm")
+        if known.storage is not None and known.storage not in taken and not is_norm:
+            return True
+    return False
 
 
 def _reach(given: Sequence[fx.Node], main: Sequence[fx.Node], results: Sequence[fx.Node]) -> tuple[frozenset[int], ...]:

@@ -423,6 +423,19 @@ class Writes(nn.Module):
         return x @ x
 
 
+class Overwrites(nn.Module):
+    """Reads a buffer, and then writes it: a backward pass may need what was read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("b", torch.ones(3, 3, dtype=torch.float64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = (-self.b) @ x
+        self.b.mul_(2)
+        return y.sin()
+
+
 class Chooses(nn.Module):
     """Draws in a way that compilers replace."""
 
@@ -444,6 +457,7 @@ class Draws(nn.Module):
         (Hooked(), "gives a hook"),
         (Keeps(), "sets an attribute"),
         (Writes(), "writes to a tensor that autograd follows"),
+        (Overwrites(), "reads a tensor that it also writes"),
         (Chooses(), "random numbers by bernoulli"),
         (Draws(), "random numbers for a tensor that is not contiguous"),
     ],
@@ -473,6 +487,16 @@ def test_errors_of_writes_are_eagers() -> None:
         with warnings.catch_warnings(), pytest.raises(RuntimeError, match="single memory location"):
             warnings.simplefilter("ignore", BackendWarning)
             target(x, 2)
+
+
+def test_inputs_that_are_views_with_gaps() -> None:
+    def f(x: Tensor, y: Tensor) -> Tensor:
+        return einsum("ij,jk->ik", x, y)
+
+    wrapped = OptimizedModule(f, backend="aot_eager")
+    x, y = double(4, 8, grad=True)[:, ::2], double(4, 3, grad=True)
+    same(torch.autograd.grad(wrapped(x, y).sum(), [x, y]), torch.autograd.grad(f(x, y).sum(), [x, y]))
+    assert tiers(wrapped) == {"aot_eager": 1}
 
 
 def test_views_of_other_grad_modes() -> None:
