@@ -338,9 +338,7 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         """The same as plain data that ``json`` takes."""
-        entries = [
-            {**_plain(entry), "code": entry.code, "stages": dict(entry.stages)} for entry in self.specializations
-        ]
+        entries = [{**_plain(entry), "code": entry.code, "plans": _plans(entry)} for entry in self.specializations]
         return {
             "name": self.name,
             "cache": dict(self.cache),
@@ -367,6 +365,19 @@ class Report:
             ImportError: matplotlib is not installed: ``pip install 'lazy_einsum[plot]'``.
         """
         return draw_figure(self)
+
+
+def _plans(entry: SpecializationReport) -> list[dict[str, Any]]:
+    """Of each network the least that programs ask for."""
+    return [
+        {
+            "equation": network.equation,
+            "flops": network.optimized.flops,
+            "naive_flops": network.naive_flops,
+            "optimizer": network.optimizer,
+        }
+        for network in entry.networks
+    ]
 
 
 def _plain(value: Any) -> Any:
