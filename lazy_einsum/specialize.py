@@ -562,7 +562,12 @@ def plan_conditions(
 
 
 def _holds(condition: str, scope: Mapping[str, int | float]) -> bool:
-    return bool(eval(condition, {"math": math, **scope}))
+    return bool(_value(condition, scope))
+
+
+def _value(text: str, scope: Mapping[str, int | float]) -> Any:
+    """An expression in symbols (see ``symbols``) at these values of theirs."""
+    return eval(text, {"math": math, **scope})
 
 
 def _all_good(
@@ -575,7 +580,7 @@ def _is_good(network: WrittenNetwork, path: PlanPath, scope: Mapping[str, int | 
     """Whether an order is not much worse than the best one at other values of the symbols: in time, and in what
     autograd saves.
     """
-    there = network.at(lambda size: int(eval(size.text, {"math": math, **scope})) if is_symbolic(size) else int(size))
+    there = network.at(lambda size: int(_value(size.text, scope)) if is_symbolic(size) else int(size))
     shapes = [known.shape for known in there.types]
     best = plan_saving(there, options.saved_limit, options.optimize)[0].ssa_path
     seconds = partial(order_seconds, there.spec, shapes, frozen=there.frozen)

@@ -341,6 +341,21 @@ def test_an_order_is_used_where_it_is_good() -> None:
     assert all(entry.signature.conditions for entry in generic)
 
 
+def test_sizes_that_are_rounded_have_ranges_too() -> None:
+    """``arange(n, -n, -1.0)`` has ``ceil(2 * n)`` elements: orders with such a size are tried at others as well."""
+
+    def child(x: Tensor, w: Tensor) -> Tensor:
+        places = torch.arange(x.shape[0], -x.shape[0], -1.0, dtype=x.dtype)
+        return torch.einsum("p,ni,ij->pnj", places, x, w)
+
+    wrapped = OptimizedModule(child)
+    for size in (4, 6, 7, 9, 300):
+        x, w = x_of(size), x_of(6, 3)
+        torch.testing.assert_close(wrapped(x, w), child(x, w))
+    assert any(entry.is_generic for entry in wrapped.specializations.values())
+    assert wrapped.cache_info().fallbacks == 0
+
+
 def test_numbers_that_fill_the_cache_are_warned_of() -> None:
     class Scale(nn.Module):
         def forward(self, x: Tensor, scale: float) -> Tensor:
