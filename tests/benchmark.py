@@ -26,6 +26,7 @@ from contestants import CONTESTANTS, prepare
 from edge_counts import edge_counts
 from instances import Instance, load
 from measure import Run, backward_run, forward_run, geometric_mean, medians, seconds
+from model_times import e3nn_products, mace, models
 from pairwise import pairwise
 from planning import planning
 from torch import Tensor, nn
@@ -326,14 +327,16 @@ def memory() -> None:
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parts = ("networks", "pairwise", "planning", "dispatch", "miss", "memory", "edges")
+    parts = ("networks", "pairwise", "planning", "dispatch", "miss", "memory", "edges", "models", "mace", "e3nn")
     parser.add_argument("cases", nargs="*", help=f"words of the names of cases; also: {', '.join(parts)}")
     parser.add_argument("--quick", action="store_true", help="7 short rounds")
     parser.add_argument("--threads", type=int, default=1, help="of torch (1)")
     parser.add_argument("--forward", action="store_true", help="of networks and pairwise only the forward pass")
     parser.add_argument("--backward", action="store_true", help="of networks and pairwise only forward with backward")
     parser.add_argument("--stride", type=int, default=4, help="of pairwise each so-manieth contraction (4; 1: all)")
-    parser.add_argument("--save", help="write the seconds of networks to this file; with --forward or --backward")
+    parser.add_argument(
+        "--save", help="write the seconds of models, or of networks (with --forward or --backward), to this file"
+    )
     parser.add_argument(
         "--compile", action="store_true", help="also torch.compile with its default backend (needs a C++ compiler)"
     )
@@ -361,7 +364,7 @@ def main() -> None:
                 if options.plot:
                     title = "forward and backward" if backward else "forward"
                     plot.draw(table, options.plot, f"Networks from many fields, {title}, {machine}")
-    elif only:
+    elif only and "models" not in wanted:
         contractions(rounds, round_seconds, options.compile, only)
     if not options.cases:
         contractions(rounds, round_seconds, options.compile, only)
@@ -379,6 +382,12 @@ def main() -> None:
         memory()
     if "edges" in wanted or not options.cases:
         edge_counts(500, options.compile)
+    if "models" in wanted or not options.cases:
+        models(rounds, round_seconds, only, options.save)
+    if "mace" in wanted or not options.cases:
+        mace(rounds, round_seconds)
+    if "e3nn" in wanted or not options.cases:
+        e3nn_products(rounds, round_seconds)
     print(f"\npeak memory of this process: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:.0f} MiB")
 
 

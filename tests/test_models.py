@@ -11,14 +11,12 @@ import numpy as np
 import pytest
 import torch
 from behaviour import tensors_in
-from models import MODELS, Model
+from models import MODELS, Model, flops
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from lazy_einsum import FallbackWarning, OptimizedModule
 
 STEPS = 10
-DONE = "specialized"
 CASES = [
     pytest.param(model, id=model.name, marks=[] if model.quick else [pytest.mark.models, pytest.mark.slow])
     for model in MODELS
@@ -71,25 +69,6 @@ def _close(found: Tensor | None, expected: Tensor | None, dtype: torch.dtype) ->
         torch.testing.assert_close(found, expected, rtol=bound, atol=bound * scale)
 
 
-def _share(module: nn.Module, wrapped: OptimizedModule, arguments: tuple[Any, ...]) -> float:
-    """What part of the FLOPs of matrix products lies in specializations."""
-    before = wrapped.cache_info().fallbacks
-    wrapped(*arguments)
-    if wrapped.cache_info().fallbacks == before:
-        return 1.0
-    with FlopCounterMode(display=False) as counter:
-        module(*arguments)
-    counts = {name: sum(kinds.values()) for name, kinds in counter.get_flop_counts().items()}
-    done = [f"{type(module).__name__}.{name}" for name, state in wrapped.cache_info().parts.items() if state == DONE]
-    return sum(counts[name] for name in _outermost(counts, done)) / max(1, counts["Global"])
-
-
-def _outermost(counts: dict[str, int], above: list[str]) -> list[str]:
-    """Those in or below ``above`` that are below no other of them. (A module with two names is counted under one.)"""
-    inside = [name for name in counts if any(f"{name}.".startswith(f"{other}.") for other in above)]
-    return [name for name in inside if not any(name.startswith(f"{other}.") for other in inside)]
-
-
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
 @pytest.mark.parametrize("model", CASES)
 def test_model(model: Model) -> None:
@@ -117,10 +96,39 @@ def test_model(model: Model) -> None:
             _close(one, other, model.dtype)
         fallen = [str(warning.message) for warning in caught if issubclass(warning.category, FallbackWarning)]
         assert wrapped.cache_info().fallbacks <= model.fallbacks, fallen
-        share = _share(ours, wrapped, _arguments(model, model.sizes[0]))
+        inside, total = flops(ours, wrapped, _arguments(model, model.sizes[0]))
+        share = inside / max(1, total)
         print(
             f"{model.name}: {'whole' if not fallen else fallen[0][:300]}; {share:.0%} of FLOPs; {wrapped.cache_info()}"
         )
         assert share >= model.share
     finally:
         torch.set_default_dtype(before)
+
+
+def test_the_table() -> None:
+    """What it promises: enough models of enough packages, of which most are specialized as a whole."""
+    packages = {model.name.split(":")[0] for model in MODELS}
+    assert len(MODELS) >= 15 and len(packages) >= 8
+    assert sum(model.fallbacks == 0 for model in MODELS) >= 12
+    assert sum(model.quick for model in MODELS) >= 5
+
+
+@pytest.mark.models
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_most_contractions_lie_in_specializations() -> None:
+    """Over the whole table, in training."""
+    counts = {}
+    for model in MODELS:
+        try:
+            module = model.build()
+        except ImportError:
+            continue
+        wrapped = OptimizedModule(module)
+        arguments = model.arguments(model.sizes[0])
+        wrapped(*arguments)  # which may set up something
+        counts[model.name] = flops(module, wrapped, arguments)
+    inside, total = map(sum, zip(*counts.values(), strict=True))
+    print(f"{inside / total:.1%} of {total:,} FLOPs in specializations: {counts}")
+    assert inside >= 0.9 * total
