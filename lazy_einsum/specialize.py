@@ -347,6 +347,8 @@ def _define(text: str, names: Mapping[str, Any], file: str) -> Callable[..., Any
     exec(compile(text, file, "exec"), scope)
     # The parameter ``self`` of fx's generated code is not used: state comes in as arguments.
     return partial(scope["forward"], None)
+
+
 class _Named:
     """What ``compile_graph`` gives for a graph, each contraction under a name that torch's profilers show; made at the
     first call.
