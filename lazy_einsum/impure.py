@@ -84,6 +84,9 @@ class Watch:
         is_own: whether a module is a stand-in of this trace, so that its calls are seen anyway.
         use: called with each context variable that is used, and the name of the method.
         made: called with the class of each module that is made.
+
+    Attributes:
+        ran: the code of the functions that were called; ``None`` where it stayed off.
     """
 
     def __init__(
@@ -100,9 +103,11 @@ class Watch:
         self._running = False
         self._pauses = 0
         self._made: dict[int, nn.Module] = {}
+        self.ran: set[types.CodeType] | None = None
 
     def __enter__(self) -> None:
         self._running = sys.getprofile() is None
+        self.ran = set() if self._running else None
         self._set()
 
     def __exit__(self, *error: object) -> None:
@@ -146,6 +151,8 @@ class Watch:
                 self._tell(self._use, owner, argument.__name__)
         elif event == "call":
             code = frame.f_code
+            if self.ran is not None:
+                self.ran.add(code)
             reason = _CODE.get(code) or _FILES.get(code.co_filename)
             if code is _MODULE_INIT:
                 module = frame.f_locals["self"]

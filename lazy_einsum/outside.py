@@ -32,7 +32,7 @@ _REFERENCES = (types.FunctionType, types.BuiltinFunctionType, type, property, st
 _MAPPINGS = (dict, OrderedDict, defaultdict)
 _SEQUENCES = (list, tuple, deque)
 
-Note = Callable[[Path, Found, str], None]
+Note = Callable[[Path, Found, str, Reading], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +61,7 @@ class Outside:
     """What code may read from outside of its module, for one trace.
 
     Args:
-        note: called with what is read: path, what was found, and the kind of question.
+        note: called with what may be read: path, what was found, the kind of question, and the reading.
 
     Attributes:
         filled: whether ``forward`` made a cached function work (found out by ``restore``).
@@ -101,7 +101,7 @@ class Outside:
             if reading.level == USERS or is_constant(reading.value):
                 found = _Walk(4 * MAX_ITEMS).facts(reading.value, path, reading.names)
                 for item in found if sum(isinstance(fact, Constant) for _, fact, _ in found) <= MAX_ITEMS else ():
-                    self._note(*item)
+                    self._note(*item, reading)
 
     def knows(self, variable: Outer) -> bool:
         """Whether code may read ``variable``, which is there at all calls."""

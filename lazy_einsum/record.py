@@ -61,5 +61,10 @@ class Trace:
     absent: tuple[tuple[int, str], ...] = ()
 
     def equals(self, other: Trace) -> bool:
-        """Whether both do the same, and depend on the same."""
-        return str(self.graph) == str(other.graph) and replace(self, graph=other.graph) == other
+        """Whether both do the same, and this depends on no more than ``other``."""
+        same = all(other.reads.get(key) == found for key, found in self.reads.items())
+        return (
+            same
+            and str(self.graph) == str(other.graph)
+            and replace(self, graph=other.graph, reads=other.reads) == other
+        )

@@ -79,7 +79,7 @@ from .shadow import Shadows
 from .signature import Alias, Arguments, Symbol, TensorType, contiguous_strides
 from .sizes import is_symbolic
 from .state import Path, path_name
-from .surroundings import MISSING, Cell, ContextValue, Itself, read_by_function
+from .surroundings import MISSING, Cell, ContextValue, Itself, Ran, read_by_function
 from .symbols import NotGenericError, Symbols, is_symbol, plain, seen
 from .where import asked_by_torch, user_line
 
@@ -287,6 +287,7 @@ class Recorder(TorchFunctionMode):
         self._closures.check()
         if self._depends_on_order():
             self.shadows.outside.read(settings())
+        self.shadows.settle(Ran(self._watch.ran))
         self._write_assignments()
         build = self._output(result)
         written = {number for node in self.graph.nodes if (known := facts(node)) for number in known.writes}

@@ -46,7 +46,7 @@ from .state import (
     Without,
     path_name,
 )
-from .surroundings import CACHED, Attribute, class_names, function_of, read_by_class, read_by_function
+from .surroundings import CACHED, Attribute, Ran, Reading, class_names, function_of, read_by_class, read_by_function
 
 MAX_ITEMS = 10_000
 """A container with more items than this is not read: checking it at every call would cost more than it can save."""
@@ -104,7 +104,8 @@ class Shadows:
         self._originals: list[
             tuple[Any, Any, Path]
         ] = []  # (stand-in, what it held when it was made, path), to find side effects
-        self.outside = Outside(self.note)
+        self.outside = Outside(self._note_possible)
+        self._possible: list[tuple[tuple[Path, str], Found, Reading]] = []
         self._classes: dict[type, frozenset[str]] = {}
         self._live: list[Path] = []
         self._inner: list[_Inner] = []
@@ -122,6 +123,16 @@ class Shadows:
         if len(self.reads) > MAX_ITEMS:
             raise UntraceableError(f"forward reads more than {MAX_ITEMS} attributes and items of the module")
         self.reads.setdefault((path, question), found)
+
+    def _note_possible(self, path: Path, found: Found, question: str, reading: Reading) -> None:
+        if not (self._depth and self.is_live(path)):
+            self._possible.append(((path, question), found, reading))
+
+    def settle(self, ran: Ran) -> None:
+        """Record what code may have read from outside, of the code that ran."""
+        for (path, question), found, reading in self._possible:
+            if ran.has_read(reading):
+                self.note(path, found, question)
 
     def note_outside(self, path: Path, known: TensorType) -> None:
         """Record that a tensor was used outside of live calls, wherever it was found."""

@@ -3,7 +3,9 @@ attributes of classes and of Python modules.
 
 Nothing can watch such reads without slowing the user's code down, so they are found in the code itself: every name
 that a function, or a function that it names, could look up. That is more than it will read, and errs to the safe
-side: plain data that is found enters the key by its value, a tensor where it is used.
+side: plain data that is found enters the key by its value, a tensor where it is used. Which functions ran is known
+when the trace has ended (see ``Ran``), and what only others read is left out again: as long as what those that ran have
+read is as it was, they call no others.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ import os
 import sys
 import sysconfig
 import types
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -194,6 +196,8 @@ class Reading:
         level: whose code reads it.
         names: all names that this code looks up, of attributes too.
         variable: what code would set to change it.
+        by: the code that reads it; its name, where all that looks up an attribute of this name does; or ``None``, where
+            nobody can tell.
     """
 
     start: Outer
@@ -202,12 +206,34 @@ class Reading:
     level: int
     names: frozenset[str]
     variable: Outer
+    by: types.CodeType | str | None = None
+
+
+class Ran:
+    """The code that ran during a trace.
+
+    Args:
+        codes: of all Python functions that were called; ``None``: nobody watched.
+    """
+
+    def __init__(self, codes: Collection[types.CodeType] | None) -> None:
+        self._codes = codes
+        self._names = frozenset().union(*map(_names_and_texts, codes or ()))
+
+    def has_read(self, reading: Reading) -> bool:
+        """Whether code that ran may have read this."""
+        if self._codes is None or reading.by is None:
+            return True
+        if isinstance(reading.by, types.CodeType):
+            return reading.by in self._codes
+        function = function_of(reading.value)
+        return reading.by in self._names or (function is not None and function.__code__ in self._codes)
 
 
 def read_by_class(kind: type) -> Iterator[Reading]:
     """What the methods of ``kind`` may read."""
     names: set[str] = set()
-    seen: set[int] = set()
+    seen: set[tuple[int, bool]] = set()
     for base in kind.__mro__:
         for member in vars(base).values():
             function = function_of(member)
@@ -218,7 +244,8 @@ def read_by_class(kind: type) -> Iterator[Reading]:
         if name == "forward" or _level_of_module(base):
             steps, value = _as_found(kind, name)
             if value is not MISSING:
-                yield Reading(Attribute(kind, name), steps, value, USERS, frozenset(names), Attribute(base, name))
+                by = None if name == "forward" else name
+                yield Reading(Attribute(kind, name), steps, value, USERS, frozenset(names), Attribute(base, name), by)
 
 
 def _as_found(owner: Any, name: str) -> tuple[Steps, Any]:
@@ -303,13 +330,21 @@ def _level_of_module(owner: Any) -> int:
     return TRUSTED if name.partition(".")[0] in _FIXED_MODULES else USERS
 
 
+@functools.lru_cache(maxsize=4096)
 def names_in(code: types.CodeType) -> frozenset[str]:
     """All names that code looks up: globals and attributes."""
-    found = set(code.co_names)
-    for constant in code.co_consts:
-        if isinstance(constant, types.CodeType):
-            found |= names_in(constant)
-    return frozenset(found)
+    return frozenset(code.co_names).union(*map(names_in, _inner(code)))
+
+
+@functools.lru_cache(maxsize=4096)
+def _names_and_texts(code: types.CodeType) -> frozenset[str]:
+    """All names that code looks up, those that it may give to ``getattr`` among them."""
+    texts = (text for text in code.co_consts if isinstance(text, str))
+    return frozenset(code.co_names).union(texts, *map(_names_and_texts, _inner(code)))
+
+
+def _inner(code: types.CodeType) -> list[types.CodeType]:
+    return [constant for constant in code.co_consts if isinstance(constant, types.CodeType)]
 
 
 class _Scan(NamedTuple):
@@ -329,7 +364,7 @@ class _Scan(NamedTuple):
 @functools.lru_cache(maxsize=4096)
 def _scan(code: types.CodeType) -> _Scan:
     found = [(instruction.opname, instruction.argval) for instruction in dis.get_instructions(code)]
-    inner = [_scan(constant) for constant in code.co_consts if isinstance(constant, types.CodeType)]
+    inner = [_scan(constant) for constant in _inner(code)]
     return _Scan(
         frozenset(name for op, name in found if op in ("LOAD_GLOBAL", "LOAD_NAME")).union(*(i.read for i in inner)),
         frozenset(name for op, name in found if op in ("STORE_GLOBAL", "DELETE_GLOBAL")).union(
@@ -357,14 +392,17 @@ def _compares_types(code: types.CodeType) -> bool:
             and not segment.isdisjoint(("Tensor", "Parameter"))
         ):
             return True
-    return any(_compares_types(constant) for constant in code.co_consts if isinstance(constant, types.CodeType))
+    return any(map(_compares_types, _inner(code)))
 
 
-def _read_by(function: types.FunctionType, seen: set[int], names: set[str]) -> Iterator[Reading]:
+def _read_by(
+    function: types.FunctionType, seen: set[tuple[int, bool]], names: set[str], cached: bool = False
+) -> Iterator[Reading]:
+    """What ``function`` may read, and what it calls; where it is ``cached``, when nobody saw it."""
     level = level_of(function)
-    if id(function) in seen or not level:
+    if (id(function), cached) in seen or not level:
         return
-    seen.add(id(function))
+    seen.add((id(function), cached))
     if _compares_types(function.__code__):
         raise UntraceableError(
             f"{function.__qualname__} compares the type of a value with a class of tensors, and a trace runs on "
@@ -373,39 +411,53 @@ def _read_by(function: types.FunctionType, seen: set[int], names: set[str]) -> I
     own = names_in(function.__code__)
     names.update(own)
     scan = _scan(function.__code__)
+    reader = _Reader(level, own, scan.attributes, None if cached else function.__code__)
     for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
         start = Cell(cell, name)
-        yield from _follow(start, start.get(), level, own, seen, names, scan.attributes)
+        yield from _follow(start, start.get(), reader, seen, names)
     for name in sorted(scan.read | scan.written):
         if name in function.__globals__ or name in scan.written:
             outer = GlobalName(function.__globals__, name)
-            yield from _follow(outer, outer.get(), level, own, seen, names, scan.attributes)
+            yield from _follow(outer, outer.get(), reader, seen, names)
     for attribute in ("__defaults__", "__kwdefaults__"):
         defaults = getattr(function, attribute) or ()
         for key, value in defaults.items() if isinstance(defaults, dict) else enumerate(defaults):
             if not is_constant(value):
-                variable = Attribute(function, attribute)
-                yield Reading(variable, (("item", key),), value, level, own, variable)
+                yield reader.reading(Attribute(function, attribute), (("item", key),), value)
+
+
+class _Reader(NamedTuple):
+    """Code that reads.
+
+    Attributes:
+        level: whose it is.
+        names: all names that it looks up.
+        written: names of attributes that it sets.
+        code: itself; ``None`` where nobody can tell whether it ran.
+    """
+
+    level: int
+    names: frozenset[str]
+    written: frozenset[str]
+    code: types.CodeType | None
+
+    def reading(self, start: Outer, steps: Steps, value: Any, variable: Outer | None = None) -> Reading:
+        """What it reads at ``start`` and the steps from there."""
+        return Reading(start, steps, value, self.level, self.names, variable or start, self.code)
 
 
 def _follow(
-    start: Outer,
-    value: Any,
-    level: int,
-    own: frozenset[str],
-    seen: set[int],
-    names: set[str],
-    written: frozenset[str],
+    start: Outer, value: Any, reader: _Reader, seen: set[tuple[int, bool]], names: set[str]
 ) -> Iterator[Reading]:
     if not isinstance(value, (types.ModuleType, type)):
-        yield from _follow_value(Reading(start, (), value, level, own, start), seen, names)
+        yield from _follow_value(reader.reading(start, (), value), seen, names)
         return
-    if isinstance(value, type) and level == USERS:
-        yield Reading(start, (), value, level, own, start)  # the variable may become another class
+    if isinstance(value, type) and reader.level == USERS:
+        yield reader.reading(start, (), value)  # the variable may become another class
     if not _level_of_module(value):
         return
     present = set(dir(value) if isinstance(value, type) else vars(value))
-    plain = {name for name in own if not name.startswith("__")}
+    plain = {name for name in reader.names if not name.startswith("__")}
     # Methods that Python calls by itself are named nowhere.
     called = plain | {"__init__", "__call__", "__post_init__"} if isinstance(value, type) else plain
     for name in sorted(called & present):
@@ -414,18 +466,19 @@ def _follow(
         if not _level_of_module(owner):
             continue
         steps, found = _as_found(value, name)
-        reading = Reading(start, (("member", name), *steps), found, level, own, Attribute(owner, name))
+        reading = reader.reading(start, (("member", name), *steps), found, Attribute(owner, name))
         yield from _follow_value(reading, seen, names)
-    for name in sorted((plain & written) - present):
-        yield Reading(start, (("member", name),), MISSING, level, own, Attribute(value, name))
+    for name in sorted((plain & reader.written) - present):
+        yield reader.reading(start, (("member", name),), MISSING, Attribute(value, name))
 
 
-def _follow_value(reading: Reading, seen: set[int], names: set[str]) -> Iterator[Reading]:
+def _follow_value(reading: Reading, seen: set[tuple[int, bool]], names: set[str]) -> Iterator[Reading]:
     function = function_of(reading.value)
     if function is None:
         yield reading
         return
+    is_cached = type(reading.value) is CACHED
     # A variable of the user's may become another function; what a package defines is taken to stay, but for caches.
-    if type(reading.value) is CACHED or (reading.level == USERS and (not reading.steps or level_of(function))):
+    if is_cached or (reading.level == USERS and (not reading.steps or level_of(function))):
         yield reading
-    yield from _read_by(function, seen, names)
+    yield from _read_by(function, seen, names, is_cached or reading.by is None)

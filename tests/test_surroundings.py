@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextvars
+import functools
 import importlib
 import sys
 import types
@@ -68,6 +69,7 @@ class Watchful(Tool):
 
 INNER_SHIFT = 0.5
 TOOL_FACTOR = 1.5
+CACHED_SCALE = 2.5
 
 
 def helper(x: Tensor) -> Tensor:
@@ -145,6 +147,76 @@ def test_what_is_not_read_is_not_in_the_key(monkeypatch: pytest.MonkeyPatch) -> 
     assert wrapped.cache_info()[:2] == (1, 1)
 
 
+@functools.cache
+def cached_scale() -> float:
+    return CACHED_SCALE
+
+
+class Chooses(nn.Module):
+    """Calls one of its methods, by a name that is put together."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.way = way
+
+    def by_helper(self, x: Tensor) -> Tensor:
+        return helper(x)
+
+    def by_cache(self, x: Tensor) -> Tensor:
+        return x * cached_scale()
+
+    def by_nothing(self, x: Tensor) -> Tensor:
+        return x + 1
+
+    def forward(self, x: Tensor) -> Tensor:
+        return getattr(self, f"by_{self.way}")(x)
+
+
+def test_what_does_not_run_is_not_in_the_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    child = Chooses("nothing")
+    wrapped = OptimizedModule(child)
+    x = torch.ones(2)
+    wrapped(x)
+    monkeypatch.setitem(globals(), "SCALE", 7.0)
+    monkeypatch.setattr(Chooses, "by_helper", lambda self, x: helper(x) * SCALE)
+    assert torch.equal(wrapped(x), child(x)) and wrapped.cache_info()[:2] == (1, 1)
+    child.way = "helper"
+    assert torch.equal(wrapped(x), child(x)) and wrapped.cache_info()[:2] == (1, 2)
+    monkeypatch.setitem(globals(), "SCALE", 8.0)
+    assert torch.equal(wrapped(x), child(x)) and wrapped.cache_info()[:2] == (1, 3)
+    monkeypatch.setattr(Chooses, "by_helper", lambda self, x: -x)
+    assert torch.equal(wrapped(x), child(x)) and wrapped.cache_info()[:2] == (1, 4)
+
+
+def test_what_a_full_cache_once_read_is_in_the_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It does not run while it is traced, but may later."""
+    child = Chooses("cache")
+    wrapped = OptimizedModule(child)
+    x = torch.ones(2)
+    cached_scale()
+    try:
+        assert torch.equal(wrapped(x), x * 2.5)
+        monkeypatch.setitem(globals(), "CACHED_SCALE", 7.0)
+        cached_scale.cache_clear()
+        assert torch.equal(wrapped(x), x * 7.0)
+    finally:
+        cached_scale.cache_clear()
+
+
+def test_what_runs_unwatched_is_in_the_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A profiler is at work, so nobody sees which functions are called."""
+    child = Chooses("helper")
+    wrapped = OptimizedModule(child)
+    x = torch.ones(2)
+    sys.setprofile(lambda *_: None)
+    try:
+        wrapped(x)
+    finally:
+        sys.setprofile(None)
+    monkeypatch.setitem(globals(), "SCALE", 7.0)
+    assert torch.equal(wrapped(x), child(x)) and wrapped.cache_info()[:2] == (0, 2)
+
+
 def test_changes_are_undone_and_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     def counts(x: Tensor) -> Tensor:
         global COUNT
@@ -203,9 +275,14 @@ class Out:
     value: object
     count: float
 
+FACTOR = 2.0
+
+def made():
+    return FACTOR
+
 def cached(x):
     if type(x) not in SEEN:
-        SEEN[type(x)] = 2.0
+        SEEN[type(x)] = made()
     return x * SEEN[type(x)]
 
 def counted(x):
