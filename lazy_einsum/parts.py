@@ -25,6 +25,13 @@ from .specialize import Specialization
 SPECIALIZED = "specialized"
 IDLE = "nothing to optimize"
 
+PATIENCE = 8
+"""So many calls of a kind in a row without specialized code in any part, and others of the kind run without dispatchers
+of parts, which take some 10 us a part, but for one in ``_TRIAL``: which parts are called may depend on values.
+"""
+_TRIAL = 64
+_MAX_FRUITLESS = 1024
+
 
 class WholeDispatcher(Dispatcher):
     """Calls the child of a wrapper; where that can't be traced, its submodules are specialized."""
@@ -36,6 +43,9 @@ class WholeDispatcher(Dispatcher):
         self._installed: list[PartCall] = []
         self._users = 0
         self._active = threading.local()
+        self._fruitless: dict[Hashable, int] = {}  # calls by kind
+        self.served = 0
+        """Calls of parts that ran specialized code."""
 
     # -- the whole
 
@@ -63,8 +73,25 @@ class WholeDispatcher(Dispatcher):
             return self._inner
 
     def run_as_it_is(self, call: Call) -> Any:
-        """Run the child's own code, calls of its submodules each through a dispatcher."""
-        return self.run_in_parts(call, self.name)
+        """Run the child's own code, calls of its submodules each through a dispatcher, where that is of use."""
+        if not isinstance(call.child, nn.Module):
+            return call.run_child()
+        values = (*call.args, *call.kwargs.values())
+        shapes = tuple(value.shape for value in values if isinstance(value, torch.Tensor) and not value.is_nested)
+        kind = _likeness(call.child, call.args, call.kwargs), torch.is_grad_enabled(), shapes
+        count = self._fruitless.get(kind, 0)
+        if count >= PATIENCE and count % _TRIAL:
+            result = call.run_child()
+        else:
+            served = self.served
+            result = self.run_in_parts(call, self.name)
+            if self.served != served:
+                count = -1
+        with self.cache.lock:
+            if len(self._fruitless) >= _MAX_FRUITLESS:
+                self._fruitless.clear()
+            self._fruitless[kind] = count + 1
+        return result
 
     def describe_parts(self) -> str:
         """What became of submodules, in words."""
@@ -94,8 +121,6 @@ class WholeDispatcher(Dispatcher):
         """Run the own code of the child, or of its submodule ``name``, calls of submodules each through a
         dispatcher.
         """
-        if not isinstance(call.child, nn.Module):
-            return call.run_child()
         with self._install(self._candidates(call.child, name)), self._activate(True):
             return call.run_child()
 
@@ -204,7 +229,18 @@ class PartDispatcher(Dispatcher):
         entry, values = super().build(call, kind, on_stage)
         if not self._is_worth_it(entry):
             self._idle.add(_likeness(call.child, call.args, call.kwargs))
+        else:
+            self._note_served()
         return entry, values
+
+    def _run(self, entry: Specialization, values: tuple[Any, ...], call: Call) -> Any:
+        self._note_served()
+        return super()._run(entry, values, call)
+
+    def _note_served(self) -> None:
+        whole = self._whole()
+        if whole is not None:
+            whole.served += 1
 
     def store(self, entry: Specialization) -> None:
         """Keep ``entry`` where that is worth it."""

@@ -13,7 +13,8 @@ from behaviour import differences, observe
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from lazy_einsum import FallbackWarning, OptimizedModule, UntraceableError
+from lazy_einsum import FallbackWarning, OptimizedModule, UntraceableError, parts
+from lazy_einsum.live import is_part
 
 einsum = torch.einsum
 
@@ -257,3 +258,33 @@ def test_raise_and_leaves() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         wrapped(x_of(4))
+
+
+class Looking(nn.Module):
+    """Looks at values, and at whether calls of its submodule go through a dispatcher."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+        self.dispatched: list[bool] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.dispatched.append(is_part(self.inner))
+        return self.inner(x) if x.sum() > -1e9 else x
+
+
+def test_parts_without_gain_are_left_alone_after_a_while() -> None:
+    module = Looking(Plain())
+    wrapped = OptimizedModule(module, on_untraceable="ignore")
+    for _ in range(200):
+        torch.testing.assert_close(wrapped(x_of(3)), module.inner(x_of(3)))
+    tried = [number for number, dispatched in enumerate(module.dispatched) if dispatched]
+    assert tried[: parts.PATIENCE] == list(range(parts.PATIENCE)) and 0 < len(tried) - parts.PATIENCE <= 4
+    wrapped(x_of(4))
+    assert module.dispatched[-1], "another shape"
+    assert wrapped.cache_info().fallbacks == 201
+    fruitful = Looking(Block())
+    wrapped = OptimizedModule(fruitful, on_untraceable="ignore")
+    for _ in range(200):
+        wrapped(x_of(3))
+    assert all(fruitful.dispatched)
