@@ -62,7 +62,7 @@ def _model(model: Model, rounds: int, round_seconds: float) -> dict[str, float]:
     # One module for both: where parameters lie in memory makes a difference of some percent.
     module = model.build(**model.timed.keywords)
     arguments = model.timed.arguments(model.timed.size)
-    wrapped = OptimizedModule(module)
+    wrapped = OptimizedModule(module, on_untraceable="ignore")
     row: dict[str, float] = {}
     for name, train, make in (("forward", False, _forward), ("step", True, _step)):
         module.train(train)
