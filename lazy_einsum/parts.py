@@ -233,9 +233,9 @@ class PartDispatcher(Dispatcher):
             self._note_served()
         return entry, values
 
-    def _run(self, entry: Specialization, values: tuple[Any, ...], call: Call) -> Any:
+    def _run(self, entry: Specialization, values: tuple[Any, ...], *call: Any) -> Any:
         self._note_served()
-        return super()._run(entry, values, call)
+        return super()._run(entry, values, *call)
 
     def _note_served(self) -> None:
         whole = self._whole()
