@@ -216,8 +216,9 @@ MUTANTS = [
     _one(
         "products join past writes and regions",
         "networks.py",
-        "same_mode(inner, outer) and writers.allow(reads, inner, outer)",
-        "True",
+        'if not same_mode(operand, node):\n        return "they run in different modes"\n'
+        "    if not writers.allow(inner[1], operand, node):",
+        "if False:",
         "products",
     ),
     _one(

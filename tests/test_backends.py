@@ -289,7 +289,7 @@ def test_a_backend_that_fails_warns_once() -> None:
     info = wrapped.cache_info()
     assert len(warned) == 1 and info.backend_failures == 2 and dict(info.tiers) == {"eager": 2}
     assert "runs through eager: the backend 'broken' failed" in str(wrapped.explain())
-    assert wrapped.explain().to_dict()["backend_failures"] == 2
+    assert wrapped.explain().to_dict()["cache"]["backend_failures"] == 2
 
 
 def test_code_that_fails_when_it_runs_is_replaced() -> None:
