@@ -112,12 +112,14 @@ def _contestants(case: Case, operands: Sequence[Tensor], with_compile: bool) -> 
     if with_compile:
         torch.compiler.reset()
         found["torch.compile"] = torch.compile(case.child, dynamic=False)
+        found["with inductor"] = OptimizedModule(case.child, backend="inductor")
     return found
 
 
 def contractions(rounds: int, round_seconds: float, with_compile: bool, only: Sequence[str]) -> None:
     """Forward, and forward with backward."""
-    columns = ["lazy_einsum", "opt_einsum_fx", "contract_expression", *(["torch.compile"] if with_compile else [])]
+    compilers = ["torch.compile", "with inductor"] if with_compile else []
+    columns = ["lazy_einsum", "opt_einsum_fx", "contract_expression", *compilers]
     print(f"\n{'case':36} {'pass':9} {'eager us':>9} " + " ".join(f"{column:>20}" for column in columns))
     for case in CASES:
         if only and not any(word in case.name for word in only):
@@ -327,7 +329,7 @@ def memory() -> None:
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parts = ("networks", "pairwise", "planning", "dispatch", "miss", "memory", "edges", "models", "mace", "e3nn")
+    parts = ("networks", "pairwise", "planning", "dispatch", "miss", "memory", "edges", "models", "batches")
     parser.add_argument("cases", nargs="*", help=f"words of the names of cases; also: {', '.join(parts)}")
     parser.add_argument("--quick", action="store_true", help="7 short rounds")
     parser.add_argument("--threads", type=int, default=1, help="of torch (1)")
@@ -338,7 +340,7 @@ def main() -> None:
         "--save", help="write the seconds of models, or of networks (with --forward or --backward), to this file"
     )
     parser.add_argument(
-        "--compile", action="store_true", help="also torch.compile with its default backend (needs a C++ compiler)"
+        "--compile", action="store_true", help="also torch.compile, and backend='inductor' (needs a C++ compiler)"
     )
     parser.add_argument("--plot", help="draw networks to this file; with --forward or --backward")
     options = parser.parse_args()
@@ -384,9 +386,8 @@ def main() -> None:
         edge_counts(500, options.compile)
     if "models" in wanted or not options.cases:
         models(rounds, round_seconds, only, options.save)
-    if "mace" in wanted or not options.cases:
+    if "batches" in wanted or not options.cases:
         mace(rounds, round_seconds)
-    if "e3nn" in wanted or not options.cases:
         e3nn_products(rounds, round_seconds)
     print(f"\npeak memory of this process: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:.0f} MiB")
 
