@@ -15,8 +15,8 @@ BLOCKS = re.findall(r"^```python\n(.*?)^```", README, flags=re.MULTILINE | re.DO
 
 
 @pytest.mark.parametrize("number", range(len(BLOCKS)))
-def test_code_block_runs(number: int) -> None:
-    done = subprocess.run([sys.executable, "-c", BLOCKS[number]], capture_output=True, text=True, cwd=ROOT)
+def test_code_block_runs(number: int, tmp_path: Path) -> None:
+    done = subprocess.run([sys.executable, "-c", BLOCKS[number]], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
 
 
