@@ -85,6 +85,7 @@ def test_programs_do_what_eager_does(row: Program) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*a second derivative is asked for:lazy_einsum.BackendWarning")
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 @pytest.mark.parametrize("grad", [False, True], ids=["no_grad", "grad"])
 @pytest.mark.parametrize("row", PROGRAMS, ids=names())
