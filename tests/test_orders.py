@@ -81,6 +81,7 @@ def test_a_limit_on_saved_memory_is_kept(monkeypatch: pytest.MonkeyPatch) -> Non
 
     monkeypatch.setattr(orders, "_LEAST", 0.0)
     monkeypatch.setattr(orders, "_FAR", 1e6)
+    monkeypatch.setattr(orders, "_COMPARED_FOLLOWED", {4: 4})
     monkeypatch.setattr(orders, "lower_plan", lower_plan)
     most = saved(plan_saving(network, 1.0)[0])
     assert saved(plan_by_calls(network, 1.0)[0]) <= most
