@@ -46,14 +46,13 @@ def search(network: Network, limit: float, quick: Callable[[Network], Path]) -> 
         return "exhaustive search", _required(found, limit)
     simple, prefix = _simplify(network)
     candidates: list[tuple[str, Path]] = []
-    rest = Budget(16_000 if n <= 10 else 10_000)
-    exact = by_components(simple, limit, rest)
+    connected = _connected(simple, limit, _exact_steps(n))
+    exact = None if connected is None else connected.order(network.price)
     if exact is not None:
         candidates.append(("dynamic programming", prefix + _shift(exact, prefix, n, len(simple.terms))))
     else:
-        size = min(n, 250)
-        rest = Budget(4_000 + 400 * size)
-        for name, path in _candidates(simple, n, quick, Budget(2_000 + 600 * size)):
+        rest = Budget(_improving_steps(n))
+        for name, path in _candidates(simple, n, quick):
             better = _improve(simple, path, limit, rest)
             candidates.append((name, prefix + _shift(better, prefix, n, len(simple.terms))))
     fitting = [item for item in candidates if network.largest(item[1]) <= limit]
@@ -90,10 +89,11 @@ def search_saving(network: Network, limit: float, found: dict[Path, str], most: 
         found[most.order] = "eager torch"
     low, high = 0.0, math.inf
     price = network.seconds(path) / max(most.elements, 1)
+    search_at = _priced_search(network, path, limit)
     for _ in range(_PRICES):
         if low and high <= 3 * low:
             break
-        better = _search_priced(replace(network, price=price), path, limit)
+        better = search_at(price)
         if better is not None:
             found.setdefault(better, "search for few saved elements")
         if better is None or most.saved(network, better) > most.elements:
@@ -122,16 +122,23 @@ def best_of(network: Network, orders: Iterable[Path], forward: Path) -> Path:
     return forward if seconds[best] > _CLEARLY * seconds.get(forward, math.inf) else best
 
 
-def _search_priced(network: Network, path: Path, limit: float) -> Path | None:
-    """The best order by cost and price, or one better than ``path``; ``None`` where none keeps the limit."""
+def _priced_search(network: Network, path: Path, limit: float) -> Callable[[float], Path | None]:
+    """A function of a price: the best order by cost and price, or one better than ``path``; ``None`` where none keeps
+    the limit.
+    """
     n = len(network.terms)
     if n <= _EXHAUSTIVE:
-        return exhaustive(network, limit)
+        return _all_orders(network, limit).order
     simple, prefix = _simplify(network)
-    exact = by_components(simple, limit, Budget(16_000 if n <= 10 else 10_000))
-    if exact is not None:
-        return prefix + _shift(exact, prefix, n, len(simple.terms))
-    return _improve(network, path, limit, Budget(4_000 + 400 * min(n, 250)))
+    connected = _connected(simple, limit, _exact_steps(n))
+
+    def order(price: float) -> Path | None:
+        exact = None if connected is None else connected.order(price)
+        if exact is not None:
+            return prefix + _shift(exact, prefix, n, len(simple.terms))
+        return _improve(replace(network, price=price), path, limit, Budget(_improving_steps(n) // _PRICES))
+
+    return order
 
 
 def _required(path: Path | None, limit: float) -> Path:
@@ -149,40 +156,97 @@ class Budget:
         self.left = left
 
 
+class _Sets:
+    """Sets of operands and the pairs that they are made of, to find the best order by dynamic programming.
+
+    Args:
+        network: whose operands; its price is not looked at.
+        limit: elements that no intermediate may exceed.
+        pairs: disjoint sets, as bits, each pair after those that its two are made of.
+    """
+
+    def __init__(self, network: Network, limit: float, pairs: Sequence[tuple[int, int]]) -> None:
+        self._network, self._limit, self._pairs = network, limit, pairs
+        self._holders: dict[int, int] = {}
+        for number, term in enumerate(network.terms):
+            for bit in bits_of(term):
+                self._holders[bit] = self._holders.get(bit, 0) | 1 << number
+        self._full = (1 << len(network.terms)) - 1
+        self._kept = {1 << number: term for number, term in enumerate(network.terms)}
+        self._costs: list[tuple[float, float] | None] = [None] * len(pairs)
+
+    def order(self, price: float) -> Path | None:
+        """The best order where so much is to be paid for each element that autograd keeps; ``None`` where none keeps
+        the limit.
+        """
+        best = dict.fromkeys((1 << number for number in range(len(self._network.terms))), 0.0)
+        split: dict[int, int] = {}
+        costs = self._costs
+        for place, (one, two) in enumerate(self._pairs):
+            first, second = best.get(one), best.get(two)
+            if first is None or second is None:
+                continue
+            seconds = first + second
+            least = best.get(one | two, math.inf)
+            if seconds >= least:
+                continue
+            cost = costs[place]
+            if cost is None:
+                cost = costs[place] = self._cost(one, two)
+            seconds += cost[0] + price * cost[1]
+            if seconds < least:
+                best[one | two], split[one | two] = seconds, one
+        return _path_of_splits(split, self._full, len(self._network.terms)) if self._full in best else None
+
+    def _cost(self, one: int, two: int) -> tuple[float, float]:
+        """Seconds of contracting the results of two sets, what autograd keeps; endless where the limit forbids it."""
+        whole, network = one | two, self._network
+        kept = self._kept.get(whole)
+        a, b = self._kept[one], self._kept[two]
+        if kept is None:
+            summed = sum(bit for bit in bits_of(a & b & ~network.output) if not self._holders[bit] & ~whole)
+            kept = self._kept[whole] = (a | b) ^ summed
+        if whole != self._full and network.size(kept) > self._limit:
+            return math.inf, 0.0
+        return network.pair_cost(a, b, kept)
+
+
+def _exact_steps(n: int) -> int:
+    """How many steps an exact search of ``n`` operands may take: 0.6 us each to list the pairs of sets, and 1.3 more to
+    choose from them.
+    """
+    return 25_000 if n <= 10 else 16_000
+
+
+def _improving_steps(n: int) -> int:
+    """How many steps of 1.3 to 3 us it may take to improve orders of ``n`` operands. (Once through all subtrees takes
+    up to 1,400 for each operand; the third time changes little.)
+    """
+    return 6_000 + 800 * n if n <= 16 else 30_000 + 900 * min(n, 250)
+
+
 def exhaustive(network: Network, limit: float) -> Path | None:
-    """The best of all pairwise orders, outer products included, by dynamic programming over subsets of operands."""
-    terms = network.terms
-    n = len(terms)
-    full = (1 << n) - 1
-    union = [0] * (full + 1)
-    for subset in range(1, full + 1):
-        low = subset & -subset
-        union[subset] = union[subset ^ low] | terms[low.bit_length() - 1]
-    kept = [union[subset] & (union[full ^ subset] | network.output) for subset in range(full + 1)]
-    best = [0.0] * (full + 1)
-    split = [0] * (full + 1)
-    pair, size = network.pair, network.size
-    for subset in range(1, full + 1):
-        low = subset & -subset
-        rest = subset ^ low
-        if not rest:
-            continue
-        least, where = math.inf, 0
-        if subset == full or size(kept[subset]) <= limit:
-            # Each split once: the part with the lowest operand is always the left one.
-            other = rest
-            while other:
-                left = subset ^ other
-                known = best[left] + best[other]
-                if known < least:
-                    known += pair(kept[left], kept[other], kept[subset])
-                    if known < least:
-                        least, where = known, left
-                other = (other - 1) & rest
-        best[subset], split[subset] = least, where
-    if best[full] == math.inf:
-        return None
-    return _path_of_splits(dict(enumerate(split)), full, n)
+    """The best of all pairwise orders, outer products included; ``None`` where none keeps the limit."""
+    return _all_orders(network, limit).order(network.price)
+
+
+def _all_orders(network: Network, limit: float) -> _Sets:
+    n = len(network.terms)
+    return _Sets(network, limit, _all_pairs(n) if n <= _EXHAUSTIVE else tuple(_splits(n)))
+
+
+def _splits(n: int) -> Iterator[tuple[int, int]]:
+    """All pairs of disjoint sets, once each: the one with the lowest operand is the first."""
+    for subset in range(1, 1 << n):
+        rest = other = subset & (subset - 1)
+        while other:
+            yield subset ^ other, other
+            other = (other - 1) & rest
+
+
+@lru_cache
+def _all_pairs(n: int) -> tuple[tuple[int, int], ...]:
+    return tuple(_splits(n))
 
 
 def _path_of_splits(split: dict[int, int], full: int, n: int) -> Path:
@@ -207,64 +271,67 @@ def _path_of_splits(split: dict[int, int], full: int, n: int) -> Path:
     return tuple(path)
 
 
-def _connected(network: Network, limit: float, budget: Budget) -> Path | None:
-    """The best order without outer products of a connected network; ``None`` where the budget does not suffice.
+class Connected:
+    """The orders of a network without outer products, except those that join its connected parts at the end.
 
-    Enumerates the pairs of disjoint, connected, adjacent sets of operands (Moerkotte and Neumann, 2006), each once,
-    then takes them by size, so that the parts of a set are solved before it.
+    Args:
+        network: the network; its price is not looked at.
+        groups: the operands of each connected part.
+        parts: for each of them the sets that are connected.
     """
-    terms, n = network.terms, len(network.terms)
-    if n == 1:
-        return ()
+
+    def __init__(self, network: Network, groups: Sequence[Sequence[int]], parts: Sequence[_Sets]) -> None:
+        self._network, self._groups, self._parts = network, groups, parts
+
+    @classmethod
+    def of(cls, network: Network, limit: float, budget: Budget) -> Connected | None:
+        """The orders of a network; ``None`` where the budget does not suffice for them."""
+        groups = _components([term & ~network.marks for term in network.terms])
+        parts = []
+        for group in groups:
+            terms = [network.terms[i] for i in group]
+            pairs = _adjacent_pairs([term & ~network.marks for term in terms], budget)
+            if pairs is None:
+                return None
+            part = network.with_terms(terms, network.output & union_of(network.terms, group))
+            parts.append(_Sets(part, limit, pairs))
+        return cls(network, groups, parts)
+
+    def order(self, price: float) -> Path | None:
+        """See ``_Sets.order``; the results of the parts are multiplied smallest first."""
+        n = len(self._network.terms)
+        path: list[tuple[int, ...]] = []
+        roots: list[int] = []
+        for group, part in zip(self._groups, self._parts, strict=True):
+            inner = part.order(price)
+            if inner is None:
+                return None
+            start = n + len(path)
+            path += [tuple(group[i] if i < len(group) else start + i - len(group) for i in step) for step in inner]
+            roots.append(n + len(path) - 1 if inner else group[0])
+        return tuple(_join(self._network, path, roots))
+
+
+@lru_cache(maxsize=2)
+def _connected(network: Network, limit: float, steps: int) -> Connected | None:
+    """``Connected.of``, kept for a moment: with limits on saved memory one network is searched several times."""
+    return Connected.of(network, limit, Budget(steps))
+
+
+def _adjacent_pairs(terms: Sequence[int], budget: Budget) -> list[tuple[int, int]] | None:
+    """All pairs of disjoint, connected, adjacent sets of operands, those with small unions first; ``None`` where the
+    budget does not suffice. The operands are connected.
+
+    Moerkotte and Neumann, "Analysis of two existing and one new dynamic programming algorithm for the generation of
+    optimal bushy join trees without cross products", 2006.
+    """
+    n = len(terms)
     near = [0] * n
     for i in range(n):
         for j in range(i):
-            if terms[i] & terms[j] & ~network.marks:
+            if terms[i] & terms[j]:
                 near[i] |= 1 << j
                 near[j] |= 1 << i
-    pairs, budget.left = _adjacent_pairs(tuple(near), budget.left)
-    if pairs is None:
-        return None
-    full = (1 << n) - 1
-    union = {1 << i: term for i, term in enumerate(terms)}
-    holders = {
-        bit: sum(1 << i for i, term in enumerate(terms) if term & bit) for bit in bits_of(union_of(terms, range(n)))
-    }
-    kept = {1 << i: term for i, term in enumerate(terms)}
-    best = {1 << i: 0.0 for i in range(n)}
-    split: dict[int, int] = {}
-    pair, size = network.pair, network.size
-    for one, two in pairs:
-        if one not in best or two not in best:
-            continue
-        whole = one | two
-        known = best[one] + best[two]
-        if known >= best.get(whole, math.inf):
-            continue
-        if whole not in kept:
-            union[whole] = union[one] | union[two]
-            mask = kept[one] | kept[two]
-            kept[whole] = mask & network.output | sum(
-                bit for bit in bits_of(mask & ~network.output) if holders[bit] & ~whole
-            )
-        if whole != full and size(kept[whole]) > limit:
-            continue
-        known += pair(kept[one], kept[two], kept[whole])
-        if known < best.get(whole, math.inf):
-            best[whole], split[whole] = known, one
-    return _path_of_splits(split, full, n) if full in best else None
-
-
-@lru_cache(maxsize=4)
-def _adjacent_pairs(near: tuple[int, ...], left: int) -> tuple[list[tuple[int, int]] | None, int]:
-    """The pairs of ``_connected``, ``None`` where ``left`` steps do not suffice for them; and how many steps remain.
-
-    Args:
-        near: for each operand those that share a label with it.
-        left: how many steps may be taken. (The searches for one network with several prices ask the same.)
-    """
-    budget = Budget(left)
-    n = len(near)
     pairs: list[tuple[int, int]] = []
 
     def around(subset: int, known: int) -> int:
@@ -297,28 +364,12 @@ def _adjacent_pairs(near: tuple[int, ...], left: int) -> tuple[list[tuple[int, i
                     pairs.append((one, two))
                     budget.left -= 1
                     if budget.left < 0:
-                        return None, budget.left
+                        return None
                 done |= bit
             if budget.left < 0:
-                return None, budget.left
+                return None
     pairs.sort(key=lambda pair: (pair[0] | pair[1]).bit_count())
-    return pairs, budget.left
-
-
-def by_components(network: Network, limit: float, budget: Budget) -> Path | None:
-    """``_connected`` for each connected part, then outer products of their results, smallest first."""
-    path: list[tuple[int, ...]] = []
-    n = len(network.terms)
-    roots: list[int] = []
-    for group in _components([term & ~network.marks for term in network.terms]):
-        part = network.with_terms([network.terms[i] for i in group], network.output & union_of(network.terms, group))
-        inner = _connected(part, limit, budget)
-        if inner is None:
-            return None
-        start = n + len(path)
-        path += [tuple(group[i] if i < len(group) else start + i - len(group) for i in step) for step in inner]
-        roots.append(n + len(path) - 1 if inner else group[0])
-    return tuple(_join(network, path, roots))
+    return pairs
 
 
 def _components(terms: Sequence[int]) -> list[list[int]]:
@@ -392,26 +443,31 @@ def _shift(path: Path, prefix: Path, n: int, left: int) -> Path:
     return tuple(tuple(names[i] if i < left else n + len(prefix) + i - left for i in step) for step in path)
 
 
-def _candidates(
-    network: Network, seed: int, quick: Callable[[Network], Path], budget: Budget
-) -> list[tuple[str, Path]]:
-    """The best three of many quick searches: the given one; ours, pair by pair with several scores; and ours,
-    label by label with several scores, without noise and with some.
+def _candidates(network: Network, seed: int, quick: Callable[[Network], Path]) -> list[tuple[str, Path]]:
+    """The best three of many quick searches."""
+    ranked = sorted(_quick_orders(network.bare(), seed, quick), key=lambda item: network.seconds(item[1]))
+    return ranked[:3]
+
+
+@lru_cache(maxsize=4)
+def _quick_orders(network: Network, seed: int, quick: Callable[[Network], Path]) -> list[tuple[str, Path]]:
+    """Orders of many quick searches: the given one; ours, pair by pair with several scores; and ours, label by label
+    with several scores, without noise and with some.
+
+    (Kept for a moment, as orders with gradients and without are chosen from the same ones.)
     """
-    found: dict[Path, str] = {}
-    bare = network.bare()
-    found[quick(bare)] = "greedy (opt_einsum)"
+    found = {quick(network): "greedy (opt_einsum)"}
+    budget = Budget(2_000 + 300 * min(len(network.terms), 250))
     for score in _SCORES:
-        found.setdefault(_greedy(bare, score, budget), "greedy")
+        found.setdefault(_greedy(network, score, budget), "greedy")
     for trial in range(_TRIALS):
         if budget.left <= 0:
             break
         # Noise by powers of 2: how much of it helps differs between networks by an order of magnitude.
         noise = random.Random(seed * 1000 + trial) if trial >= len(_LABEL_SCORES) else None
-        path = _eliminate(bare, _LABEL_SCORES[trial % len(_LABEL_SCORES)], noise, 0.1 * 2 ** (trial % 4), budget)
+        path = _eliminate(network, _LABEL_SCORES[trial % len(_LABEL_SCORES)], noise, 0.1 * 2 ** (trial % 4), budget)
         found.setdefault(path, "elimination")
-    ranked = sorted(found.items(), key=lambda item: network.seconds(item[0]))
-    return [(name, path) for path, name in ranked[:3]]
+    return [(name, path) for path, name in found.items()]
 
 
 def _log(size: float) -> float:
@@ -575,8 +631,10 @@ def _improve(network: Network, path: Path, limit: float, budget: Budget) -> Path
                 budget.left -= 3 ** len(leaves) // 2
                 inner = exhaustive(part, limit)
             else:
-                inner = by_components(part, limit, Budget(4_000))
-                budget.left -= 60 * len(leaves)
+                exact = Budget(4_000)
+                connected = Connected.of(part, limit, exact)
+                inner = None if connected is None else connected.order(part.price)
+                budget.left -= 4_000 - exact.left + 16 * len(leaves)
             if inner is None or part.seconds(inner) >= before * (1 - 1e-9):
                 continue
             better = True

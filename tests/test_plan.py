@@ -11,6 +11,7 @@ import sys
 import textwrap
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from lazy_einsum import plan as planning
 from lazy_einsum import search
 from lazy_einsum.cost import gradient_seconds, pair_seconds
 from lazy_einsum.errors import EquationError, LazyEinsumError, MemoryLimitError
-from lazy_einsum.labelsets import Network
+from lazy_einsum.labelsets import Network, SavedLimit
 from lazy_einsum.plan import Plan, make_plan
 from lazy_einsum.spec import EinsumSpec, symbol
 
@@ -373,13 +374,86 @@ def test_dynamic_programming_is_exact_without_outer_products() -> None:
     for seed in range(12):
         spec, shapes = random_network(7, 1, seed=seed, largest=9)
         network = Network.of(spec, shapes, spec.sizes(shapes), False)
-        connected = search.by_components(network, math.inf, search.Budget(10**6))
+        orders = search.Connected.of(network, math.inf, search.Budget(10**6))
+        assert orders is not None
+        connected = orders.order(0.0)
         every = search.exhaustive(network, math.inf)
         assert connected is not None
         assert every is not None
         assert network.seconds(every) <= network.seconds(connected) * (1 + 1e-9)
         if all(a & b for a, b, _ in network.results(every)):
             assert network.seconds(connected) == pytest.approx(network.seconds(every))
+
+
+def test_exact_searches_are_exact_at_any_price() -> None:
+    # Each order of five operands, by hand.
+    for seed in range(8):
+        spec, shapes = random_network(5, 2, seed=seed, largest=9)
+        bare = Network.of(spec, shapes, spec.sizes(shapes), False).following([seed % 2 == 0, True, False, True, True])
+        connected = search.Connected.of(bare, math.inf, search.Budget(10**6))
+        assert connected is not None
+        for price in (0.0, 1e-9, 1e-6, 1e-3, 0.0):
+            network = replace(bare, price=price)
+            seconds = [network.seconds(path) for path in _orders(5)]
+            best = search.exhaustive(network, math.inf)
+            assert best is not None
+            assert network.seconds(best) == pytest.approx(min(seconds))
+            joined = [
+                network.seconds(path)
+                for path in _orders(5)
+                if all(a & b & ~network.marks for a, b, _ in network.results(path))
+            ]
+            found = connected.order(price)
+            assert found is not None
+            if joined:
+                assert network.seconds(found) == pytest.approx(min(joined))
+
+
+def _orders(n: int) -> Iterator[tuple[tuple[int, int], ...]]:
+    def finish(alive: tuple[int, ...], new: int) -> Iterator[tuple[tuple[int, int], ...]]:
+        if len(alive) == 1:
+            yield ()
+        for one, two in itertools.combinations(alive, 2):
+            rest = tuple(operand for operand in alive if operand not in (one, two))
+            for path in finish((*rest, new), new + 1):
+                yield ((one, two), *path)
+
+    return finish(tuple(range(n)), n)
+
+
+@pytest.mark.parametrize("n", [9, 12, 16, 40])
+def test_the_exact_search_keeps_its_budget(n: int) -> None:
+    # Every pair of operands shares a label: all 3**n / 2 pairs of sets are connected.
+    terms = tuple(sum(1 << min(i, j) * n + max(i, j) for j in range(n) if j != i) for i in range(n))
+    spec = EinsumSpec(tuple("".join(symbol(bit) for bit in range(n**2) if term >> bit & 1) for term in terms), "")
+    network = Network.of(spec, [(2,) * (n - 1)] * n, spec.sizes([(2,) * (n - 1)] * n), False)
+    budget = search.Budget(3**9)
+    found = search.Connected.of(network, math.inf, budget)
+    assert (found is not None) == (n == 9)
+    assert budget.left >= -n if found is None else budget.left > 0
+
+
+def test_one_network_is_searched_once_at_all_prices() -> None:
+    # The order that is the fastest with gradients saves more than the limit, so that orders at several prices follow.
+    row = next(item for item in load() if item.name == "clique_243")
+    spec = EinsumSpec.parse(row.letters, [len(shape) for shape in row.shapes])
+    n = len(row.shapes)
+    planning._cached_plan.cache_clear()
+    search._connected.cache_clear()
+    most = SavedLimit((True,) * n, tuple(map(math.prod, row.shapes)), tuple(range(n)), 9_408)
+    plan = make_plan(spec, row.shapes, saved_limit=most, follows=(True,) * n)
+    assert plan.optimizer == "search for few saved elements"
+    # Forward and with gradients.
+    assert search._connected.cache_info()[:2] == (1, 2)
+
+
+def test_sizes_of_sets_of_labels() -> None:
+    spec, shapes = random_network(30, 3, seed=1, largest=7)
+    sizes = spec.sizes(shapes)
+    network = Network.of(spec, shapes, sizes, False).following([True] * 30)
+    for term in (*network.terms, network.output, 0):
+        labels = [label for bit, label in enumerate(network.labels) if term >> bit & 1]
+        assert network.size(term) == math.prod(sizes[label] for label in labels)
 
 
 def test_the_table_names_every_step() -> None:
