@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 
 from . import cost
-from .backward import arrival_seconds, backward
+from .backward import BACKWARD_CALL, arrival_seconds, backward
 from .layout import (
     Layout,
     Sizes,
@@ -319,7 +319,7 @@ def _finish_seconds(
     gradients are taken to lie as what they are gradients of.
     """
     sizes = context.sizes
-    seconds = cost.CPU.launch * count_calls(way.result, wanted)
+    seconds = (cost.CPU.launch + follows * BACKWARD_CALL) * count_calls(way.result, wanted)
     if not _is_finished(way.result, wanted, strides, sizes):
         order = _order(wanted, strides, sizes)
         seconds += copy_seconds("".join(order), label_strides(way.result, sizes), sizes)

@@ -38,14 +38,14 @@ EQUATIONS = [
 def ways_of(equation: str, sizes: Sizes) -> list[Way]:
     left, output = equation.split("->")
     one, two = (contiguous_layout(tuple(term), sizes) for term in left.split(","))
-    return list(ways(Context(sizes, torch.float64), one, two, output, output))
+    return list(ways(Context(sizes, torch.float64, follows=True), one, two, output, output))
 
 
 def program_of(way: Way, equation: str, operands: list[torch.Tensor]) -> Program:
     writer = _Writer(SIZES, 2)
     for number, term in enumerate(equation.split("->")[0].split(",")):
         writer.layouts[number] = contiguous_layout(tuple(term), SIZES)
-    context = Context(SIZES, torch.float64)
+    context = Context(SIZES, torch.float64, follows=True)
     return writer.program(_write_way(writer, context, way, *((1, 0) if way.swap else (0, 1)), None), 0.0)
 
 

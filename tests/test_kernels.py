@@ -15,7 +15,7 @@ from oracle import loops
 from lazy_einsum.kernels import lower, lower_plan
 from lazy_einsum.layout import Strides, elementwise_strides
 from lazy_einsum.plan import make_plan
-from lazy_einsum.program import Program, Value, compile_program, run
+from lazy_einsum.program import Program, Value, compile_program, operate, run
 from lazy_einsum.signature import TensorType
 from lazy_einsum.spec import EinsumSpec
 
@@ -438,3 +438,43 @@ def test_narrow_transposed_matrices_are_copied_as_a_batch_of_one() -> None:
         if copied:
             assert bool(as_batch) == batch
         assert copied or not batch
+
+
+@pytest.mark.parametrize(
+    ("equation", "shapes", "expected"),
+    [
+        # The gradient of a matrix times a vector of few elements has short rows; that of a row times a matrix has not.
+        ("k,kn->n", [(3,), (3, 160_000)], "mm"),
+        ("nk,k->n", [(10_000, 3), (3,)], "mm"),
+        ("k,kn->n", [(512,), (512, 512)], "mv"),
+        ("nk,k->n", [(512, 512), (512,)], "mv"),
+        # Slices that are stacked for the gradient are out of the cache by then.
+        ("k,knm->mn", [(7,), (7, 400, 400)], "mm"),
+    ],
+)
+def test_rows_and_vectors_with_gradients(equation: str, shapes: list[tuple[int, ...]], expected: str) -> None:
+    spec = EinsumSpec.parse(equation, [len(shape) for shape in shapes])
+    for follows in (False, True):
+        types = [TensorType.of(torch.empty(shape, requires_grad=follows)) for shape in shapes]
+        program = lower(spec, types, Strides.contiguous(spec.output_shape(shapes)))
+        kinds = [call.target for call in program.calls if call.target in ("mm", "mv", "mul")]
+        assert kinds == [expected if follows else "mv"], follows
+
+
+def test_copies_are_made_as_gradients_want_them() -> None:
+    # Faster to copy with the long label outside, but its gradient had rows of 6 elements then: 1,550 us, else 385.
+    spec = EinsumSpec.parse("dba,ebfhgc->efhcdag", [3, 6])
+    shapes = [(6, 6, 23), (15, 6, 23, 4, 2, 2)]
+    result = torch.empty(138, 5520).view(6, 23, 15, 23, 4, 2, 2).permute(2, 3, 4, 5, 0, 1, 6)
+    strides = {}
+    for follows in (False, True):
+        types = [TensorType.of(torch.empty(shape, requires_grad=follows)) for shape in shapes]
+        program = lower(spec, types, Strides(result.stride()))
+        operands = make_operands(shapes, torch.float32)
+        values = list(operands)
+        for call in program.calls:
+            values.append(operate(call, values))
+            if call.target == "mm":
+                strides[follows] = [values[arg.number].stride() for arg in call.args if isinstance(arg, Value)]
+    assert strides[False] != strides[True]
+    assert (5520, 1) in strides[True]
