@@ -30,6 +30,9 @@ from .sizes import is_symbolic
 THIN = 16
 """Matrices of fewer rows are worth a copy that makes their product faster."""
 
+_MANY = 2**12
+"""With more elements the layout of a gradient makes more of a difference than looking for a better one costs."""
+
 SHORT = 9
 """Sums of at most so many terms may be written out."""
 
@@ -164,6 +167,9 @@ def ways(context: Context, a: Layout, b: Layout, output: str, hint: str, ahead: 
         yield from _loop_sum_ways(context, a, b, sa, sb, (batch, rows, columns, summed), hint, ahead)
     batches = _distinct(memory_order(batch, sa), memory_order(batch, sb), _by_hint(batch, hint))
     sums = _distinct(memory_order(summed, sa), memory_order(summed, sb))
+    # Gradients of these may have short rows, which takes long if there are many.
+    k, lengths = sizes[summed], (sizes[rows], sizes[columns])
+    narrow = context.follows and k * max(lengths) > _MANY and min(k, *lengths) < THIN
     for swap in (False, True):
         x, y, sx, sy, m, n = (b, a, sb, sa, columns, rows) if swap else (a, b, sa, sb, rows, columns)
         if not m and (swap if not n else not batch):
@@ -175,7 +181,7 @@ def ways(context: Context, a: Layout, b: Layout, output: str, hint: str, ahead: 
                     for column in _distinct(memory_order(n, sy), _by_hint(n, hint)):
                         way = _product_way(context, swap, x, y, sx, sy, "", "", column, along, as_row=True)
                         yield way
-                        if _is_turned(way, sizes):
+                        if narrow and _is_turned(way, sizes):
                             yield _product_way(context, swap, x, y, sx, sy, "", "", column, along, batched=True)
             continue
         row_orders = _distinct(memory_order(m, sx), _by_hint(m, hint))
@@ -186,10 +192,10 @@ def ways(context: Context, a: Layout, b: Layout, output: str, hint: str, ahead: 
                     for column in column_orders:
                         way = _product_way(context, swap, x, y, sx, sy, order, row, column, along)
                         yield way
-                        if context.follows and any(way.flips):
+                        if narrow and any(way.flips):
                             # A copy that is faster the other way round may give slower gradients.
                             yield _product_way(context, swap, x, y, sx, sy, order, row, column, along, straight=True)
-                        if context.follows and not order and _is_turned(way, sizes):
+                        if narrow and not order and _is_turned(way, sizes):
                             yield _product_way(context, swap, x, y, sx, sy, "", row, column, along, batched=True)
                         if not order and 1 < sizes[row] < THIN and sx[along[-1]] != 1:
                             yield _product_way(context, swap, x, y, sx, sy, "", row, column, along, copy_first=True)
