@@ -114,6 +114,18 @@ def test_the_strides_that_are_asked_for(small: None) -> None:
         assert run(program, operands).stride() == stride
 
 
+def test_no_blocks_where_they_give_other_strides_than_are_asked_for_exactly(small: None) -> None:
+    operands = make_operands(((40, 30, 20), (40, 50, 20), (30, 50, 6), (1,)), torch.float64)
+    plan, types = plan_of("abc,adc,bde,f->fae", operands)
+    for stride in ((240, 6, 1), (6, 6, 1), (1, 6, 1), (40, 1, 40), (1, 1, 40)):
+        program = lower_in_blocks(plan, types, Strides(stride))
+        assert joins(program)
+        assert run(program, operands).stride() == program.stride == stride
+    # No dense tensor has a dimension with a stride of 3 here.
+    assert not joins(lower_in_blocks(plan, types, Strides((3, 6, 1))))
+    assert joins(lower_in_blocks(plan, types, Strides((3, 6, 1), exact=False)))
+
+
 def test_wholes(small: None) -> None:
     """Where autograd keeps all intermediates, or the result is the largest of all, there are no blocks."""
     operands = make_operands(WIDE[1], torch.float64)

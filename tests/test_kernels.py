@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -237,6 +238,29 @@ def test_dimensions_of_size_one_have_the_strides_of_eager_where_code_may_see_the
     result = run(program, operands)
     assert result.stride() == expected.stride()
     torch.testing.assert_close(result, expected)
+
+
+@st.composite
+def _dense_strides(draw: st.DrawFn, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Strides of a dense tensor, its dimensions in any order."""
+    order = draw(st.permutations(range(len(shape))))
+    dense = torch.empty([shape[dim] for dim in order]).stride()
+    return tuple(dense[order.index(dim)] for dim in range(len(shape)))
+
+
+@given(equations(), st.integers(0, 9), st.data())
+def test_the_strides_that_are_asked_for_exactly(row: Row, seed: int, data: st.DataObject) -> None:
+    spec = parse(row)
+    if 0 in itertools.chain(*row.shapes):
+        return
+    asked = data.draw(_dense_strides(spec.output_shape(row.shapes)))
+    operands = make_operands(row.shapes, torch.float64, seed, strided=True)
+    if len(operands) == 1 and spec.is_view_only:
+        return
+    program = program_of(row.equation, operands, strides=Strides(asked))
+    result = run(program, operands)
+    assert result.stride() == program.stride == asked
+    torch.testing.assert_close(result, loops(spec, operands), rtol=1e-10, atol=1e-10)
 
 
 def test_single_operands_without_a_sum_are_views() -> None:
