@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from equations import make_operands
@@ -56,6 +58,25 @@ def test_the_order_whose_calls_take_less_time() -> None:
     with torch.no_grad():
         found = OptimizedModule(lambda x, y, z: torch.einsum(GRADIENTS[0], x, y, z))(*operands)
     torch.testing.assert_close(found.double(), expected, rtol=1e-3, atol=1e-3)
+
+
+def test_each_order_is_lowered_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    lowered: list[frozenset[frozenset[int]]] = []
+
+    def noting(plan: Plan, *rest: Any) -> Program:
+        below = [frozenset([number]) for number in range(len(plan.shapes))]
+        for step in plan.steps:
+            below.append(frozenset().union(*(below[operand] for operand in step.operands)))
+        lowered.append(frozenset(below))
+        return lower_plan(plan, *rest)
+
+    monkeypatch.setattr(orders, "lower_plan", noting)
+    monkeypatch.setattr(orders, "_LEAST", 0.0)
+    for equation, shapes in (GRADIENTS, ("ab,bc,cd,de->ae", ((20, 30), (30, 40), (40, 20), (20, 5)))):
+        lowered.clear()
+        plan_by_calls(network_of(equation, make_operands(shapes, torch.float32)), None)
+        assert len(lowered) > 1
+        assert len(set(lowered)) == len(lowered)
 
 
 def test_what_was_asked_for_stays() -> None:
