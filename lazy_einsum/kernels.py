@@ -428,7 +428,7 @@ class _Writer:
         """Multiply by a number."""
         layout = self.layouts[value]
         shape = shape_of(layout.dims, self.sizes)
-        strides = elementwise_strides(shape, ((shape, layout.strides),))
+        strides = elementwise_strides(shape, ((shape, layout.strides), ((), ())))
         return self.call("mul", value, scale, layout=Layout(layout.dims, strides))
 
     def contiguous(self, value: int) -> int:
@@ -469,7 +469,7 @@ class _Writer:
             before[place].append(number)
         order = [number for label, new in zip(labels, before) for number in (*new, wanted.index(label))] + before[-1]
         split = Layout(tuple(wanted[number] for number in order), tuple(stride[number] for number in order))
-        if labels != layout.labels:
+        if labels != layout.labels or split not in (layout, view_of(layout, split.dims, sizes)):
             value = self.arrange(value, tuple(labels))
         if split != self.layouts[value]:
             value = self.reshape(value, split.dims)
@@ -503,6 +503,11 @@ def _lower_single(
     wanted = tuple(spec.output)
     if scale is not None:
         value = writer.scaled(writer.arrange(value, wanted), scale)
+    if strides is not None:
+        # Nothing is summed any more: now they may be moved on their own.
+        layout = writer.layouts[value]
+        dims, wanted = (tuple(label if sizes[label] != 1 else "" for label in each) for each in (layout.dims, wanted))
+        writer.layouts[value] = Layout(dims, layout.strides)
     value = writer.finish(value, wanted, strides)
     before, after = math.prod(type_.shape), sizes[spec.output]
     return writer.program(value, cost.sum_seconds(before, after, after) if spec.summed else cost.CPU.launch)

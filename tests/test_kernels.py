@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from equations import ROWS, Row, equations, make_operands, row_id
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import loops
 
@@ -225,6 +225,8 @@ def test_intermediates_are_laid_out_for_their_use(equation: str, shapes: list[tu
         ("ab,bc->ca", [(4, 5), (5, 1)]),
         ("abc,cd->dab", [(2, 1, 3), (3, 4)]),
         ("ab,cd->bdac", [(4, 1), (1, 3)]),
+        ("abc->cb", [(2, 1, 3)]),
+        ("abcd->adb", [(4, 1, 2, 1)]),
     ],
 )
 def test_dimensions_of_size_one_have_the_strides_of_eager_where_code_may_see_them(
@@ -248,6 +250,7 @@ def _dense_strides(draw: st.DrawFn, shape: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(dense[order.index(dim)] for dim in range(len(shape)))
 
 
+@settings(deadline=None)
 @given(equations(), st.integers(0, 9), st.data())
 def test_the_strides_that_are_asked_for_exactly(row: Row, seed: int, data: st.DataObject) -> None:
     spec = parse(row)
@@ -255,12 +258,21 @@ def test_the_strides_that_are_asked_for_exactly(row: Row, seed: int, data: st.Da
         return
     asked = data.draw(_dense_strides(spec.output_shape(row.shapes)))
     operands = make_operands(row.shapes, torch.float64, seed, strided=True)
-    if len(operands) == 1 and spec.is_view_only:
+    scale = data.draw(st.sampled_from([None, 2.0]))
+    if len(operands) == 1 and spec.is_view_only and scale is None:
         return
-    program = program_of(row.equation, operands, strides=Strides(asked))
+    program = program_of(row.equation, operands, strides=Strides(asked), scale=scale)
     result = run(program, operands)
     assert result.stride() == program.stride == asked
-    torch.testing.assert_close(result, loops(spec, operands), rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(result, loops(spec, operands) * (scale or 1), rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("stride", [(1, 2), (1, 7), (2, 1), (4, 4)])
+def test_the_strides_of_a_tensor_that_is_scaled(stride: tuple[int, int]) -> None:
+    operand = torch.ones(20).as_strided((2, 1), stride)
+    for asked in ((1, 1), (1, 2)):
+        program = program_of("ab->ab", [operand], strides=Strides(asked), scale=2.0)
+        assert run(program, [operand]).stride() == program.stride == asked
 
 
 def test_single_operands_without_a_sum_are_views() -> None:

@@ -6,7 +6,7 @@ import itertools
 import math
 
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lazy_einsum.layout import Layout, Sizes, Strides, contiguous_layout, view_of
@@ -66,6 +66,7 @@ def test_contiguous_is_always_allowed(case: tuple[tuple[int, ...], ...]) -> None
     assert Strides(contiguous, exact=False).allow(shape, asked) <= torch.empty_strided(shape, asked).is_contiguous()
 
 
+@settings(deadline=None)
 @given(st.data())
 def test_strides_of_views_are_those_of_torch(data: st.DataObject) -> None:
     """Those of dimensions of size 1, too, which have any stride before."""
