@@ -13,12 +13,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import loops
 
-from lazy_einsum.kernels import lower, lower_plan
-from lazy_einsum.layout import Strides, elementwise_strides
+from lazy_einsum.backward import arrival_seconds, backward
+from lazy_einsum.kernels import _choose, _finish_seconds, lower, lower_plan
+from lazy_einsum.layout import Sizes, Strides, contiguous_layout, elementwise_strides
 from lazy_einsum.plan import make_plan
 from lazy_einsum.program import Program, Value, compile_program, run
 from lazy_einsum.signature import TensorType
 from lazy_einsum.spec import EinsumSpec
+from lazy_einsum.ways import Context, after_sums
 
 
 def parse(row: Row) -> EinsumSpec:
@@ -474,3 +476,33 @@ def test_narrow_transposed_matrices_are_copied_as_a_batch_of_one() -> None:
         if copied:
             assert bool(as_batch) == batch
         assert copied or not batch
+
+
+@pytest.mark.parametrize("equation", ["abc,acd,bde->ae", "ab,bc,cd->ad", "abc,ad,be,cf,dg,eh->fgh", "zabc,zad,zbe,cf,dg,ez->fgz"])
+@pytest.mark.parametrize("size", [3, 30])
+def test_what_is_kept_is_priced_to_the_end(equation: str, size: int) -> None:
+    """Seconds of each choice are those of its way, of the way of each child, and of the gradients between them."""
+    left, output = equation.split("->")
+    terms = left.split(",")
+    sizes = Sizes({label: size + place for place, label in enumerate(sorted(set("".join(terms))))})
+    operands = [torch.empty([sizes[label] for label in term], requires_grad=True) for term in terms]
+    spec = EinsumSpec.parse(equation, [x.dim() for x in operands])
+    steps = make_plan(spec, [x.shape for x in operands]).steps
+    context = Context(sizes, torch.float32, True)
+    layouts = [contiguous_layout(tuple(term), sizes) for term in terms]
+    choices = _choose(context, steps, layouts, tuple(output), None, [True] * len(terms), None)
+    assert any(len(kept) > 1 for kept in choices[len(terms) : -1])
+    for step, kept in zip(steps, choices[len(terms) :], strict=True):
+        for choice in kept:
+            children = [choices[operand][place] for operand, place in zip(step.operands, choice.children, strict=True)]
+            assert choice.way is not None
+            way_back = backward(choice.way, (True, True), sizes)
+            spent = after_sums(context, children[0].layout, children[1].layout, step.spec.output)[2]
+            seconds = spent + choice.way.seconds + way_back.seconds
+            for child, gradient in zip(children, way_back.gradients, strict=True):
+                seconds += child.seconds
+                if child.way is not None and gradient is not None:
+                    seconds += arrival_seconds(child.way, gradient, sizes)
+            if step is steps[-1]:
+                seconds += _finish_seconds(context, choice.way, tuple(output), None, True)
+            assert choice.seconds == pytest.approx(seconds)

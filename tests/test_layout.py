@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -64,6 +65,12 @@ def test_contiguous_is_always_allowed(case: tuple[tuple[int, ...], ...]) -> None
     # And what is asked for where eager is contiguous.
     assert Strides.contiguous(shape).allow(shape, asked) == torch.empty_strided(shape, asked).is_contiguous()
     assert Strides(contiguous, exact=False).allow(shape, asked) <= torch.empty_strided(shape, asked).is_contiguous()
+
+
+def test_a_label_without_a_size() -> None:
+    for labels in ("x", "ax", "xa"):
+        with pytest.raises(KeyError, match="x"):
+            Sizes(a=2)[labels]
 
 
 @settings(deadline=None)
