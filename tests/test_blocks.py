@@ -160,8 +160,9 @@ def test_intermediates_no_larger_than_the_result_stay_whole(small: None) -> None
 def test_blocks_that_leave_intermediates_large_gain_nothing(small: None) -> None:
     # Two blocks of the only label that counts; either has an intermediate of 80 kB.
     operands = make_operands(((2, 100, 5), (2, 100, 5), (100, 100, 3)), torch.float64)
-    plan, types = plan_of("abc,adc,bde->ae", operands)
-    assert not joins(lower_in_blocks(plan, types))
+    spec = EinsumSpec.parse("abc,adc,bde->ae", [3, 3, 3])
+    plan = make_plan(spec, [x.shape for x in operands], optimize=((0, 1), (0, 1)))
+    assert not joins(lower_in_blocks(plan, [TensorType.of(x) for x in operands]))
 
 
 def test_the_number_of_blocks_is_limited(small: None, monkeypatch: pytest.MonkeyPatch) -> None:

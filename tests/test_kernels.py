@@ -478,7 +478,9 @@ def test_narrow_transposed_matrices_are_copied_as_a_batch_of_one() -> None:
         assert copied or not batch
 
 
-@pytest.mark.parametrize("equation", ["abc,acd,bde->ae", "ab,bc,cd->ad", "abc,ad,be,cf,dg,eh->fgh", "zabc,zad,zbe,cf,dg,ez->fgz"])
+@pytest.mark.parametrize(
+    "equation", ["abc,acd,bde->ae", "ab,bc,cd->ad", "abc,ad,be,cf,dg,eh->fgh", "zabc,zad,zbe,cf,dg,ez->fgz"]
+)
 @pytest.mark.parametrize("size", [3, 30])
 def test_what_is_kept_is_priced_to_the_end(equation: str, size: int) -> None:
     """Seconds of each choice are those of its way, of the way of each child, and of the gradients between them."""
