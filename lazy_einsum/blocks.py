@@ -55,6 +55,9 @@ def lower_in_blocks(
     if largest <= max(LARGE, itemsize * plan.steps[-1].size):
         return whole
     order = tuple(range(len(whole.shape))) if strides is None else strides.order(whole.shape)
+    if strides is not None and strides.exact and _strides_in(order, whole.shape) != strides.stride:
+        # Strides of dimensions of size 1 that no dense tensor has: a view of the whole may have them.
+        return whole
     fewest = math.ceil(largest / SMALL)
     best, least = whole, _CLEARLY * (whole.seconds + _fresh_seconds(plan.steps[:-1], itemsize))
     for label, size in zip(plan.spec.output, whole.shape, strict=True):

@@ -58,8 +58,8 @@ def einsum(*args: Any) -> torch.Tensor:
     """
     equation, operands = _arguments(args)
     if has_torch_function(operands):
-        result: torch.Tensor = handle_torch_function(einsum, operands, *args)
-        return result
+        handled: torch.Tensor = handle_torch_function(einsum, operands, *args)
+        return handled
     if torch.compiler.is_compiling():
         return _compiling(equation, operands)
     if not _is_ordinary(operands):
@@ -76,7 +76,11 @@ def einsum(*args: Any) -> torch.Tensor:
         parts.append((operand.shape, operand.stride(), follows))
     shared = _shared_memory(operands) if needs_grad and len(operands) > 2 else ()
     function = _prepare(equation, tuple(parts), dtype, shared)
-    return _plain(equation, operands) if function is None else function(*operands)
+    if function is None:
+        return _plain(equation, operands)
+    result = function(*operands)
+    # ``dot`` of two lazily conjugated vectors gives a lazily conjugated result, torch.einsum does not.
+    return result.resolve_conj() if dtype.is_complex and len(operands) > 1 else result
 
 
 def _arguments(args: tuple[Any, ...]) -> tuple[str | _Sublists, tuple[torch.Tensor, ...]]:

@@ -25,10 +25,12 @@ from .layout import (
     group_strides,
     is_contiguous,
     label_strides,
+    memory_order,
     permutation_of,
     reordered_dims,
     shape_of,
     split_dims,
+    view_of,
 )
 from .plan import Contraction, Plan
 from .program import ITEM, Call, Program, Value
@@ -385,9 +387,7 @@ class _Writer:
 
     def reshape(self, value: int, groups: tuple[str, ...]) -> int:
         """Merge and split dimensions, the order of the labels staying as it is."""
-        layout = self.layouts[value]
-        strides = group_strides(groups, label_strides(layout, self.sizes), self.sizes)
-        result = contiguous_layout(groups, self.sizes) if strides is None else Layout(groups, strides)
+        result = view_of(self.layouts[value], groups, self.sizes) or contiguous_layout(groups, self.sizes)
         return self.call("reshape", value, shape_of(groups, self.sizes), layout=result)
 
     def arrange(self, value: int, groups: tuple[str, ...]) -> int:
@@ -428,7 +428,7 @@ class _Writer:
         """Multiply by a number."""
         layout = self.layouts[value]
         shape = shape_of(layout.dims, self.sizes)
-        strides = elementwise_strides(shape, ((shape, layout.strides),))
+        strides = elementwise_strides(shape, ((shape, layout.strides), ((), ())))
         return self.call("mul", value, scale, layout=Layout(layout.dims, strides))
 
     def contiguous(self, value: int) -> int:
@@ -444,32 +444,35 @@ class _Writer:
 
     def finish(self, value: int, wanted: tuple[str, ...], strides: Strides | None) -> int:
         """Arrange the result, and copy it where its strides will not do."""
-        if _is_finished(self.layouts[value], wanted, strides, self.sizes):
-            return self.arrange_exactly(value, wanted, strides) if strides is not None else self.arrange(value, wanted)
-        order = _order(wanted, strides, self.sizes)
-        value = self.contiguous(self.arrange(value, order))
-        return value if order == wanted else self.arrange(value, wanted)
+        if not _is_finished(self.layouts[value], wanted, strides, self.sizes):
+            value = self.contiguous(self.arrange(value, _order(wanted, strides, self.sizes)))
+        if strides is None or not strides.exact:
+            return self.arrange(value, wanted)
+        return self.arrange_exactly(value, wanted, strides.stride)
 
-    def arrange_exactly(self, value: int, wanted: tuple[str, ...], strides: Strides) -> int:
+    def arrange_exactly(self, value: int, wanted: tuple[str, ...], stride: tuple[int, ...]) -> int:
         """Make the dimensions those that are wanted, those of size 1 with the strides asked for where a view has them:
         in which order torch.einsum lays out its result depends on these.
         """
-        layout = self.layouts[value]
-        if not strides.exact or layout.dims == wanted or all(wanted):
+        layout, sizes = self.layouts[value], self.sizes
+        if layout == Layout(wanted, stride) or all(wanted) or 0 in shape_of(wanted, sizes):
             return self.arrange(value, wanted)
-        own, labels = label_strides(layout, self.sizes), layout.labels
-        # A new dimension gets the stride that its inner neighbour would have if that were one longer.
-        steps = [own[label] * self.sizes[label] for label in labels] + [own[labels[-1]] if labels else 1]
+        own = label_strides(layout, sizes)
+        labels = memory_order(layout.labels, own)
+        # See ``view_of``: the strides that a dimension of size 1 can have before each label, and behind the last.
+        steps = [own[label] * sizes[label] for label in labels] + [own[labels[-1]] if labels else 1]
         before: list[list[int]] = [[] for _ in steps]
         for number in (number for number, dim in enumerate(wanted) if not dim):
-            place = next((place for place, step in enumerate(steps) if step == strides.stride[number]), None)
+            place = next((place for place, step in enumerate(steps) if step == stride[number]), None)
             if place is None:
                 return self.arrange(value, wanted)
             before[place].append(number)
         order = [number for label, new in zip(labels, before) for number in (*new, wanted.index(label))] + before[-1]
-        split = tuple(wanted[number] for number in order)
-        if split != layout.dims:
-            value = self.reshape(value, split)
+        split = Layout(tuple(wanted[number] for number in order), tuple(stride[number] for number in order))
+        if labels != layout.labels or split not in (layout, view_of(layout, split.dims, sizes)):
+            value = self.arrange(value, tuple(labels))
+        if split != self.layouts[value]:
+            value = self.reshape(value, split.dims)
         places = tuple(map(order.index, range(len(wanted))))
         return value if places == tuple(range(len(wanted))) else self.permute(value, places)
 
@@ -500,6 +503,11 @@ def _lower_single(
     wanted = tuple(spec.output)
     if scale is not None:
         value = writer.scaled(writer.arrange(value, wanted), scale)
+    if strides is not None:
+        # Nothing is summed any more: now they may be moved on their own.
+        layout = writer.layouts[value]
+        dims, wanted = (tuple(label if sizes[label] != 1 else "" for label in each) for each in (layout.dims, wanted))
+        writer.layouts[value] = Layout(dims, layout.strides)
     value = writer.finish(value, wanted, strides)
     before, after = math.prod(type_.shape), sizes[spec.output]
     return writer.program(value, cost.sum_seconds(before, after, after) if spec.summed else cost.CPU.launch)

@@ -108,7 +108,7 @@ class Strides(NamedTuple):
 
     def order(self, shape: Sequence[int]) -> tuple[int, ...]:
         """The dimensions, outermost in memory first; of two with one stride, that of size 1 is the inner one."""
-        if is_contiguous(shape, self.stride):
+        if 0 in shape or (not self.exact and is_contiguous(shape, self.stride)):
             return tuple(range(len(shape)))
         return tuple(sorted(range(len(shape)), key=lambda dim: (-self.stride[dim], shape[dim] == 1, dim)))
 
@@ -141,6 +141,25 @@ def group_strides(groups: Sequence[str], strides: Mapping[str, int], sizes: Size
                 return None
         found.append(strides[group[-1]] if group else 1)
     return tuple(found)
+
+
+def view_of(layout: Layout, groups: tuple[str, ...], sizes: Sizes) -> Layout | None:
+    """What ``reshape`` makes of a tensor where its result with these dimensions is a view; ``None`` where it is a copy.
+
+    A new dimension of size 1 has the stride that its inner neighbour would have if that were one longer.
+
+    >>> view_of(Layout(("ab",), (2,)), ("", "a", "", "b"), Sizes(a=3, b=4)).strides
+    (24, 8, 8, 2)
+    """
+    found = group_strides(groups, label_strides(layout, sizes), sizes)
+    if found is None:
+        return None
+    strides, step = list(found), layout.strides[-1] if layout.strides else 1
+    for place in reversed(range(len(groups))):
+        if not groups[place]:
+            strides[place] = step
+        step = strides[place] * sizes[groups[place]]
+    return Layout(groups, tuple(strides))
 
 
 def memory_order(labels: str, strides: Mapping[str, int]) -> str:

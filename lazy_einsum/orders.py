@@ -66,7 +66,10 @@ def plan_by_calls(
         return plan, limit
     least = lower_plan(plan, types, strides).seconds * (_CLEARLY_FOLLOWED if followed else _CLEARLY)
     found: list[tuple[float, Plan]] = []
+    chosen = _results(plan.ssa_path, len(shapes))
     for order in _best_orders(network)[:n_compared]:
+        if _results(order, len(shapes)) == chosen:
+            continue
         try:
             other = make_plan(spec, shapes, positions(order, len(shapes)), memory_limit)
         except MemoryLimitError:
@@ -91,6 +94,14 @@ def _best_orders(network: WrittenNetwork) -> list[Path]:
     seconds = {order: labels.seconds(order) for order in (_order_of(tree, n) for tree in _trees(tuple(range(n))))}
     limit = _FAR * min(seconds.values())
     return sorted((order for order in seconds if seconds[order] <= limit), key=seconds.__getitem__)
+
+
+def _results(order: Path, n: int) -> set[frozenset[int]]:
+    """Which operands are in each result of an order: the same for orders that are one but for their numbers."""
+    below = [frozenset([leaf]) for leaf in range(n)]
+    for pair in order:
+        below.append(frozenset().union(*(below[number] for number in pair)))
+    return set(below)
 
 
 def _trees(leaves: tuple[int, ...]) -> Iterator[_Tree]:

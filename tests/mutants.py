@@ -153,8 +153,8 @@ MUTANTS = [
     _one(
         "the order of the output is dropped",
         "kernels.py",
-        "return value if order == wanted else self.arrange(value, wanted)",
-        "return value",
+        "value = self.contiguous(self.arrange(value, _order(wanted, strides, self.sizes)))",
+        "return self.contiguous(self.arrange(value, _order(wanted, strides, self.sizes)))",
         "pure",
     ),
     _one(

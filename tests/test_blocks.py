@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,13 +13,14 @@ from hypothesis import strategies as st
 from oracle import loops
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lazy_einsum import OptimizedModule, blocks
+from lazy_einsum import OptimizedModule, blocks, contract
 from lazy_einsum.blocks import _in_blocks, lower_in_blocks
 from lazy_einsum.kernels import lower_plan
 from lazy_einsum.layout import Strides
 from lazy_einsum.plan import Plan, make_plan
 from lazy_einsum.program import CAT, Program, compile_program, run
 from lazy_einsum.signature import TensorType
+from lazy_einsum.sizes import SymbolicSize
 from lazy_einsum.spec import EinsumSpec
 
 # One intermediate has 60,000 elements, more than any operand and the result.
@@ -114,6 +116,18 @@ def test_the_strides_that_are_asked_for(small: None) -> None:
         assert run(program, operands).stride() == stride
 
 
+def test_no_blocks_where_they_give_other_strides_than_are_asked_for_exactly(small: None) -> None:
+    operands = make_operands(((40, 30, 20), (40, 50, 20), (30, 50, 6), (1,)), torch.float64)
+    plan, types = plan_of("abc,adc,bde,f->fae", operands)
+    for stride in ((240, 6, 1), (6, 6, 1), (1, 6, 1), (40, 1, 40), (1, 1, 40)):
+        program = lower_in_blocks(plan, types, Strides(stride))
+        assert joins(program)
+        assert run(program, operands).stride() == program.stride == stride
+    # No dense tensor has a dimension with a stride of 3 here.
+    assert not joins(lower_in_blocks(plan, types, Strides((3, 6, 1))))
+    assert joins(lower_in_blocks(plan, types, Strides((3, 6, 1), exact=False)))
+
+
 def test_wholes(small: None) -> None:
     """Where autograd keeps all intermediates, or the result is the largest of all, there are no blocks."""
     operands = make_operands(WIDE[1], torch.float64)
@@ -125,12 +139,68 @@ def test_wholes(small: None) -> None:
     assert not joins(lower_in_blocks(*plan_of("ab,bc,cd->ad", chain)))
 
 
+def test_sizes_that_vary_have_no_blocks(small: None) -> None:
+    """Code for blocks holds for one size only."""
+    operands = make_operands(WIDE[1], torch.float64)
+    plan, types = plan_of(WIDE[0], operands)
+    assert joins(lower_in_blocks(plan, types))
+    rows = SymbolicSize.symbol("s0", 40)
+    types = [replace(known, shape=(rows, *known.shape[1:])) for known in types[:2]] + types[2:]
+    plan = replace(plan, shapes=tuple(known.shape for known in types))
+    assert not joins(lower_in_blocks(plan, types))
+
+
+def test_intermediates_no_larger_than_the_result_stay_whole(small: None) -> None:
+    operands = make_operands(((100, 40), (40, 40), (40, 100)), torch.float64)
+    plan, types = plan_of("ab,bc,cd->ad", operands)
+    assert plan.steps[0].size * 8 > blocks.LARGE
+    assert not joins(lower_in_blocks(plan, types))
+
+
+def test_blocks_that_leave_intermediates_large_gain_nothing(small: None) -> None:
+    # Two blocks of the only label that counts; either has an intermediate of 80 kB.
+    operands = make_operands(((2, 100, 5), (2, 100, 5), (100, 100, 3)), torch.float64)
+    spec = EinsumSpec.parse("abc,adc,bde->ae", [3, 3, 3])
+    plan = make_plan(spec, [x.shape for x in operands], optimize=((0, 1), (0, 1)))
+    assert not joins(lower_in_blocks(plan, [TensorType.of(x) for x in operands]))
+
+
+def test_the_number_of_blocks_is_limited(small: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(blocks, "SMALL", 2**10)
+    program = lower_in_blocks(*plan_of(WIDE[0], make_operands(WIDE[1], torch.float64)))
+    (joined,) = (call for call in program.calls if call.target == CAT)
+    assert 1 < len(joined.args) - 1 <= blocks._MOST < 40
+
+
+def test_blocks_have_to_be_clearly_better(small: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan, types = plan_of(WIDE[0], make_operands(WIDE[1], torch.float64))
+    parts, whole = lower_in_blocks(plan, types).seconds, lower_plan(plan, types).seconds
+    n_bytes = 8 * sum(step.size for step in plan.steps[:-1] if 8 * step.size > blocks.LARGE)
+    for part, joined in ((0.8, True), (0.95, False)):
+        monkeypatch.setattr(blocks, "_FRESH", (parts / part - whole) / n_bytes)
+        assert joins(lower_in_blocks(plan, types)) == joined
+
+
+def test_einsum_runs_in_blocks(small: None) -> None:
+    operands = make_operands(WIDE[1], torch.float64)
+    contract._prepare.cache_clear()
+    try:
+        contract.einsum(WIDE[0], *operands)  # asks torch.einsum for the strides of its result
+        with Sizes() as sizes:
+            result = contract.einsum(WIDE[0], *operands)
+    finally:
+        contract._prepare.cache_clear()
+    assert sizes.largest < 30_000
+    torch.testing.assert_close(result, torch.einsum(WIDE[0], *operands), rtol=1e-12, atol=1e-12)
+
+
 def test_an_empty_result_of_large_intermediates(small: None) -> None:
-    operands = make_operands(((0, 3), (3, 40, 2), (40, 40, 2)), torch.float64)
+    operands = make_operands(((0, 80), (80, 40, 2), (40, 40, 2)), torch.float64)
     plan, types = plan_of("ab,bcd,ced->ae", operands)
     assert run(lower_in_blocks(plan, types), operands).shape == (0, 40)
     spec = plan.spec
     plan = make_plan(spec, [x.shape for x in operands], optimize=((1, 2), (0, 1)))
+    assert plan.steps[0].size * 8 > blocks.LARGE
     assert run(lower_in_blocks(plan, types), operands).shape == (0, 40)
 
 

@@ -32,12 +32,14 @@ def test_what_is_measured() -> None:
 
 def test_the_fit_finds_the_machine_that_was_measured() -> None:
     truth = replace(cost.CPU, launch=3e-6, flop_rate=20e9, element=0.2e-9, narrow=(9e-9, 2e-9, 0.2e-9), sum_output=9e-9)
+    truth = replace(truth, piece=40.0)
     samples = [Sample(name, group, model(truth), model) for name, group, _, model in measure(400)]
     assert misfit(cost.CPU, samples) > 1.8
     found = fit(samples)
     assert misfit(found, samples) < 1.1
     assert 2e-6 < found.launch < 4.5e-6
     assert 15e9 < found.flop_rate < 30e9
+    assert 25 < found.piece < 60
     assert (found.columns, found.cache) == (cost.CPU.columns, cost.CPU.cache)
 
 

@@ -335,3 +335,12 @@ def test_threads() -> None:
     assert len(results) == 200
     for result in results:
         torch.testing.assert_close(result, expected)
+
+
+@pytest.mark.parametrize("equation", ["a,a->", "aa,a->", "ab,bc->ac", "a,b->ab", "a->a"])
+def test_results_of_lazily_conjugated_operands_are_conjugated_where_those_of_torch_are(equation: str) -> None:
+    terms = equation.split("->")[0].split(",")
+    operands = [torch.randn([3] * len(term), dtype=torch.complex128).conj() for term in terms]
+    result, expected = einsum(equation, *operands), torch.einsum(equation, *operands)
+    assert result.is_conj() == expected.is_conj()
+    torch.testing.assert_close(result, expected)

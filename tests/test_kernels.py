@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
 import pytest
 import torch
 from equations import ROWS, Row, equations, make_operands, row_id
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import loops
 
-from lazy_einsum.kernels import lower, lower_plan
-from lazy_einsum.layout import Strides, elementwise_strides
+from lazy_einsum.backward import arrival_seconds, backward
+from lazy_einsum.kernels import _choose, _finish_seconds, lower, lower_plan
+from lazy_einsum.layout import Sizes, Strides, contiguous_layout, elementwise_strides
 from lazy_einsum.plan import make_plan
 from lazy_einsum.program import Program, Value, compile_program, operate, run
 from lazy_einsum.signature import TensorType
 from lazy_einsum.spec import EinsumSpec
+from lazy_einsum.ways import Context, after_sums
 
 
 def parse(row: Row) -> EinsumSpec:
@@ -224,6 +227,8 @@ def test_intermediates_are_laid_out_for_their_use(equation: str, shapes: list[tu
         ("ab,bc->ca", [(4, 5), (5, 1)]),
         ("abc,cd->dab", [(2, 1, 3), (3, 4)]),
         ("ab,cd->bdac", [(4, 1), (1, 3)]),
+        ("abc->cb", [(2, 1, 3)]),
+        ("abcd->adb", [(4, 1, 2, 1)]),
     ],
 )
 def test_dimensions_of_size_one_have_the_strides_of_eager_where_code_may_see_them(
@@ -237,6 +242,39 @@ def test_dimensions_of_size_one_have_the_strides_of_eager_where_code_may_see_the
     result = run(program, operands)
     assert result.stride() == expected.stride()
     torch.testing.assert_close(result, expected)
+
+
+@st.composite
+def _dense_strides(draw: st.DrawFn, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Strides of a dense tensor, its dimensions in any order."""
+    order = draw(st.permutations(range(len(shape))))
+    dense = torch.empty([shape[dim] for dim in order]).stride()
+    return tuple(dense[order.index(dim)] for dim in range(len(shape)))
+
+
+@settings(deadline=None)
+@given(equations(), st.integers(0, 9), st.data())
+def test_the_strides_that_are_asked_for_exactly(row: Row, seed: int, data: st.DataObject) -> None:
+    spec = parse(row)
+    if 0 in itertools.chain(*row.shapes):
+        return
+    asked = data.draw(_dense_strides(spec.output_shape(row.shapes)))
+    operands = make_operands(row.shapes, torch.float64, seed, strided=True)
+    scale = data.draw(st.sampled_from([None, 2.0]))
+    if len(operands) == 1 and spec.is_view_only and scale is None:
+        return
+    program = program_of(row.equation, operands, strides=Strides(asked), scale=scale)
+    result = run(program, operands)
+    assert result.stride() == program.stride == asked
+    torch.testing.assert_close(result, loops(spec, operands) * (scale or 1), rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("stride", [(1, 2), (1, 7), (2, 1), (4, 4)])
+def test_the_strides_of_a_tensor_that_is_scaled(stride: tuple[int, int]) -> None:
+    operand = torch.ones(20).as_strided((2, 1), stride)
+    for asked in ((1, 1), (1, 2)):
+        program = program_of("ab->ab", [operand], strides=Strides(asked), scale=2.0)
+        assert run(program, [operand]).stride() == program.stride == asked
 
 
 def test_single_operands_without_a_sum_are_views() -> None:
@@ -478,3 +516,35 @@ def test_copies_are_made_as_gradients_want_them() -> None:
                 strides[follows] = [values[arg.number].stride() for arg in call.args if isinstance(arg, Value)]
     assert strides[False] != strides[True]
     assert (5520, 1) in strides[True]
+
+
+@pytest.mark.parametrize(
+    "equation", ["abc,acd,bde->ae", "ab,bc,cd->ad", "abc,ad,be,cf,dg,eh->fgh", "zabc,zad,zbe,cf,dg,ez->fgz"]
+)
+@pytest.mark.parametrize("size", [3, 30])
+def test_what_is_kept_is_priced_to_the_end(equation: str, size: int) -> None:
+    """Seconds of each choice are those of its way, of the way of each child, and of the gradients between them."""
+    left, output = equation.split("->")
+    terms = left.split(",")
+    sizes = Sizes({label: size + place for place, label in enumerate(sorted(set("".join(terms))))})
+    operands = [torch.empty([sizes[label] for label in term], requires_grad=True) for term in terms]
+    spec = EinsumSpec.parse(equation, [x.dim() for x in operands])
+    steps = make_plan(spec, [x.shape for x in operands]).steps
+    context = Context(sizes, torch.float32, True)
+    layouts = [contiguous_layout(tuple(term), sizes) for term in terms]
+    choices = _choose(context, steps, layouts, tuple(output), None, [True] * len(terms), None)
+    assert any(len(kept) > 1 for kept in choices[len(terms) : -1])
+    for step, kept in zip(steps, choices[len(terms) :], strict=True):
+        for choice in kept:
+            children = [choices[operand][place] for operand, place in zip(step.operands, choice.children, strict=True)]
+            assert choice.way is not None
+            way_back = backward(choice.way, (True, True), sizes)
+            spent = after_sums(context, children[0].layout, children[1].layout, step.spec.output)[2]
+            seconds = spent + choice.way.seconds + way_back.seconds
+            for child, gradient in zip(children, way_back.gradients, strict=True):
+                seconds += child.seconds
+                if child.way is not None and gradient is not None:
+                    seconds += arrival_seconds(child.way, gradient, sizes)
+            if step is steps[-1]:
+                seconds += _finish_seconds(context, choice.way, tuple(output), None, True)
+            assert choice.seconds == pytest.approx(seconds)

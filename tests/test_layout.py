@@ -5,11 +5,12 @@ from __future__ import annotations
 import itertools
 import math
 
+import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lazy_einsum.layout import Strides
+from lazy_einsum.layout import Layout, Sizes, Strides, contiguous_layout, view_of
 
 
 @st.composite
@@ -64,3 +65,40 @@ def test_contiguous_is_always_allowed(case: tuple[tuple[int, ...], ...]) -> None
     # And what is asked for where eager is contiguous.
     assert Strides.contiguous(shape).allow(shape, asked) == torch.empty_strided(shape, asked).is_contiguous()
     assert Strides(contiguous, exact=False).allow(shape, asked) <= torch.empty_strided(shape, asked).is_contiguous()
+
+
+def test_a_label_without_a_size() -> None:
+    for labels in ("x", "ax", "xa"):
+        with pytest.raises(KeyError, match="x"):
+            Sizes(a=2)[labels]
+
+
+@settings(deadline=None)
+@given(st.data())
+def test_strides_of_views_are_those_of_torch(data: st.DataObject) -> None:
+    """Those of dimensions of size 1, too, which have any stride before."""
+    sizes = Sizes(a=2, b=3, c=4)
+    whole = contiguous_layout(data.draw(st.permutations("abc")), sizes)
+    kept = sorted(data.draw(st.sets(st.sampled_from(range(3)))))
+    labels = [whole.dims[place] for place in kept]
+
+    def with_ones(dims: list[str]) -> tuple[str, ...]:
+        return tuple(part for dim in (*dims, None) for part in ("", dim) if part or (part == "" and draw_flag()))
+
+    def draw_flag() -> bool:
+        return data.draw(st.booleans())
+
+    groups: list[str] = []
+    for label in labels:
+        if groups and draw_flag():
+            groups[-1] += label
+        else:
+            groups.append(label)
+    before, after = with_ones(labels), with_ones(groups)
+    own = dict(zip(*whole, strict=True))
+    strides = [own[dim] if dim else data.draw(st.sampled_from([1, 7, 24])) for dim in before]
+    tensor = torch.empty(100).as_strided([sizes[dim] for dim in before], strides)
+    result = tensor.reshape([sizes[group] for group in after])
+    found = view_of(Layout(before, tuple(strides)), after, sizes)
+    assert (found is None) == (result.untyped_storage().data_ptr() != tensor.untyped_storage().data_ptr())
+    assert found is None or found == Layout(after, result.stride())

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
 import pytest
 import torch
 from equations import make_operands
 from oracle import loops
 
-from lazy_einsum import OptimizedModule, orders
+from lazy_einsum import OptimizedModule, contract, orders
 from lazy_einsum.kernels import lower_plan
 from lazy_einsum.labelsets import SavedLimit
+from lazy_einsum.layout import Strides
 from lazy_einsum.orders import _order_of, _trees, plan_by_calls
 from lazy_einsum.plan import Plan, positions, saved_elements
 from lazy_einsum.program import Program, run
 from lazy_einsum.saved import Written, WrittenNetwork, plan_saving
 from lazy_einsum.signature import TensorType
+from lazy_einsum.sizes import SymbolicSize
 from lazy_einsum.spec import EinsumSpec
 
 # By its sizes the order with the products of 1.26 million elements is the better one: that the other needs no copy, and
@@ -56,6 +62,91 @@ def test_the_order_whose_calls_take_less_time() -> None:
     with torch.no_grad():
         found = OptimizedModule(lambda x, y, z: torch.einsum(GRADIENTS[0], x, y, z))(*operands)
     torch.testing.assert_close(found.double(), expected, rtol=1e-3, atol=1e-3)
+
+
+def _noted(monkeypatch: pytest.MonkeyPatch, seconds: Callable[[Plan], float] | None = None) -> list[tuple[Plan, Any]]:
+    """Which plans are lowered to compare them, and what is asked of their strides; if given, what they seem to take."""
+    noted: list[tuple[Plan, Any]] = []
+
+    def lowered(plan: Plan, types: Sequence[TensorType], strides: Strides | None = None) -> Program:
+        noted.append((plan, strides))
+        return lower_plan(plan, types, strides) if seconds is None else Program(4, (), (), (), seconds(plan))
+
+    monkeypatch.setattr(orders, "lower_plan", lowered)
+    return noted
+
+
+def test_einsums_and_modules_take_that_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    operands = make_operands(GRADIENTS[1], torch.float32)
+    network = network_of(GRADIENTS[0], operands)
+    asked = torch.einsum(GRADIENTS[0], *operands).stride()
+    by_calls = plan_by_calls(network, None)[0].ssa_path
+    assert by_calls != plan_saving(network, None)[0].ssa_path
+    noted = _noted(monkeypatch)
+    taken: list[Plan] = []
+    monkeypatch.setattr(contract, "lower_in_blocks", lambda plan, *rest: taken.append(plan) or lower_plan(plan, *rest))
+    contract._prepare.cache_clear()
+    contract.einsum(GRADIENTS[0], *operands)
+    assert [plan.ssa_path for plan in taken] == [by_calls]
+    noted.clear()
+    contract.einsum("ab,bc,acd->d", *make_operands(((200, 300), (300, 40), (200, 40, 30)), torch.float64))
+    assert noted and all(strides == Strides((1,)) for _, strides in noted)
+    noted.clear()
+    wrapped = OptimizedModule(lambda x, y, z: torch.einsum(GRADIENTS[0], x, y, z))
+    wrapped(*operands)
+    (specialization,) = wrapped.specializations.values()
+    assert [plan.ssa_path for plan in specialization.plans] == [by_calls]
+    assert noted and all(strides == Strides(asked, exact=False) for _, strides in noted)
+
+
+def test_orders_that_are_not_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small contractions take as long to lower as they gain; code for many sizes is planned for one of them only."""
+    noted = _noted(monkeypatch)
+    network = network_of(GRADIENTS[0], make_operands(GRADIENTS[1], torch.float32))
+    plan_by_calls(network, None)
+    assert noted
+    noted.clear()
+    plan_by_calls(network_of(GRADIENTS[0], make_operands(((3, 3, 8), (3, 5, 5), (8, 5)), torch.float32)), None)
+    assert not noted
+    size = SymbolicSize.symbol("s0", 4000)
+    first, second, third = network.types
+    types = replace(first, shape=(3, 3, size)), second, replace(third, shape=(size, 35))
+    assert plan_by_calls(network._replace(types=types), None)[0].seconds > orders._LEAST
+    assert not noted
+
+
+def test_the_best_of_all_orders_within_the_limit_on_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    shapes = ((20, 300), (300, 40), (40, 200), (200, 5))
+    network = network_of("ab,bc,cd,de->ae", make_operands(shapes, torch.float64))
+    # The more an order holds, the better it seems.
+    noted = _noted(monkeypatch, lambda plan: 1 / plan.largest_intermediate)
+    monkeypatch.setattr(orders, "_LEAST", 0.0)
+    monkeypatch.setattr(orders, "_FAR", 1e6)
+    monkeypatch.setattr(orders, "_COMPARED", {4: 15})
+    sizes = sorted({plan_by_calls(network, None)[0].largest_intermediate, *_largest(noted)})
+    assert len(sizes) > 2
+    assert plan_by_calls(network, None)[0].largest_intermediate == sizes[-1]
+    assert plan_by_calls(network, None, memory_limit=sizes[-2])[0].largest_intermediate == sizes[-2]
+
+
+def _largest(noted: Sequence[tuple[Plan, Any]]) -> list[int]:
+    return [plan.largest_intermediate for plan, _ in noted]
+
+
+def test_each_order_is_lowered_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    noted = _noted(monkeypatch)
+    monkeypatch.setattr(orders, "_LEAST", 0.0)
+    for equation, shapes in (GRADIENTS, ("ab,bc,cd,de->ae", ((20, 30), (30, 40), (40, 20), (20, 5)))):
+        noted.clear()
+        plan_by_calls(network_of(equation, make_operands(shapes, torch.float32)), None)
+        lowered = []
+        for plan, _ in noted:
+            below = [frozenset([number]) for number in range(len(shapes))]
+            for step in plan.steps:
+                below.append(frozenset().union(*(below[operand] for operand in step.operands)))
+            lowered.append(frozenset(below))
+        assert len(lowered) > 1
+        assert len(set(lowered)) == len(lowered)
 
 
 def test_what_was_asked_for_stays() -> None:

@@ -288,3 +288,31 @@ def test_parts_without_gain_are_left_alone_after_a_while() -> None:
     for _ in range(200):
         wrapped(x_of(3))
     assert all(fruitful.dispatched)
+
+
+def test_what_is_left_alone_without_gradients_is_tried_with_them() -> None:
+    module = Looking(Plain())
+    wrapped = OptimizedModule(module, on_untraceable="ignore")
+    with torch.no_grad():
+        for _ in range(parts.PATIENCE + 1):
+            wrapped(x_of(3))
+    assert not module.dispatched[-1]
+    wrapped(x_of(3))
+    assert module.dispatched[-1]
+
+
+def test_kinds_of_calls_without_gain_are_not_kept_without_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parts, "_MAX_FRUITLESS", 3)
+    whole = parts.WholeDispatcher
+    run, counts = whole.run_as_it_is, []
+
+    def counting(self: Any, call: Any) -> Any:
+        result = run(self, call)
+        counts.append(len(self._fruitless))
+        return result
+
+    monkeypatch.setattr(whole, "run_as_it_is", counting)
+    wrapped = OptimizedModule(Looking(Plain()), on_untraceable="ignore")
+    for rows in range(2, 10):
+        wrapped(x_of(rows))
+    assert len(counts) == 8 and max(counts) == 3

@@ -506,7 +506,7 @@ def test_passes_plans_and_code_are_logged(caplog: pytest.LogCaptureFixture) -> N
     texts: dict[str, list[str]] = {}
     for record in caplog.records:
         texts.setdefault(record.name.removeprefix("lazy_einsum."), []).append(record.getMessage())
-    assert len(texts["passes"]) == 11 and "fuse_einsums" in " ".join(texts["passes"])
+    assert len(texts["passes"]) == 12 and "fuse_einsums" in " ".join(texts["passes"])
     assert "def forward" in texts["code"][0] and "ab,bc,cd,d->a" in texts["plans"][0]
     assert all("chain" in text and "f32[64, 64]" in text for found in texts.values() for text in found)
 

@@ -13,7 +13,7 @@ from lazy_einsum.kernels import _write_way, _Writer
 from lazy_einsum.layout import Layout, Sizes, label_strides
 from lazy_einsum.program import Program, compile_program, run
 from lazy_einsum.sizes import SymbolicSize
-from lazy_einsum.ways import SHORT, Context, Way, is_matrix, ways
+from lazy_einsum.ways import SHORT, Context, Way, _matrix, is_matrix, matrix_view, ways
 
 SMALL = {"a": 3, "b": 4, "c": 5, "d": 6}
 LARGE = {"a": 9, "b": 8, "c": 17, "d": 12}
@@ -109,6 +109,17 @@ def test_sums_are_written_out_only_where_they_are_short() -> None:
     # A sum in a narrow type is rounded at each term.
     for dtype in (torch.float16, torch.bfloat16, torch.int64, torch.bool):
         assert not _has_loop(equation, sizes, dtype)
+
+
+@pytest.mark.parametrize("naive", [False, True])
+def test_views_are_remembered_apart_for_products_in_plain_loops(naive: bool) -> None:
+    context = Context(Sizes(a=30, b=40), torch.float64)
+    layout = Layout(("a", "b"), (90, 2))
+    strides = label_strides(layout, context.sizes)
+    wanted = {each: matrix_view(layout, ("a", "b"), strides, context.sizes, each) for each in (False, True)}
+    assert wanted[False] != wanted[True]
+    for each in (naive, not naive, naive):
+        assert _matrix(context, layout, ("a", "b"), strides, each, False) == wanted[each]
 
 
 def test_what_is_a_matrix_to_the_library() -> None:

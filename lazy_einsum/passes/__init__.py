@@ -18,6 +18,7 @@ from .lower import lower
 from .place_scalars import place_scalars
 from .recompute import recompute
 from .share import share
+from .split_slices import split_slices
 
 Pass = Callable[[fx.Graph], fx.Graph]
 
@@ -64,6 +65,7 @@ PASSES: tuple[tuple[str, Callable[[Options], Pass]], ...] = (
         lambda options: choose_paths(options.optimize, options.memory_limit, saved_limit=options.saved_limit),
     ),
     ("place_scalars", lambda options: place_scalars(options.reassociate)),
+    ("split_slices", lambda options: split_slices()),
     ("lower", lambda options: lower(options.reassociate, options.exact)),
 )
 
