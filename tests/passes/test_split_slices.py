@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 from checks import check_pass, lines, traced
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import rand
 
 from lazy_einsum import OptimizedModule
@@ -202,3 +204,56 @@ def test_gradients_of_some_pieces_only():
     for function in (program, OptimizedModule(program)):
         gradients += torch.autograd.grad(function(X)[1].sum(), X)
     torch.testing.assert_close(*gradients)
+
+
+@st.composite
+def programs(draw):
+    """Steps on a list of values that starts with a leaf and a tensor made of it."""
+    steps = []
+    for _ in range(draw(st.integers(2, 9))):
+        kind = draw(st.sampled_from(["slice"] * 6 + ["view", "write", "new", "new", "no_grad", "keep"]))
+        bounds = sorted(draw(st.lists(st.integers(-7, 7), min_size=2, max_size=2)))
+        index = draw(st.sampled_from([slice(*bounds), slice(bounds[0], None), slice(None, bounds[1]), bounds[1]]))
+        form = draw(st.sampled_from([(index,), (slice(None), index), (..., index), (index, slice(None))]))
+        steps.append((kind, draw(st.integers(0, 20)), form))
+    return steps
+
+
+def program_of(steps):
+    def program(x):
+        values, kept = [x, x.sin()], []
+        for kind, number, index in steps:
+            value = values[number % len(values)]
+            try:
+                if kind == "slice":
+                    values.append(value[index])
+                elif kind == "view":
+                    values.append(value.reshape(-1) if number % 2 else value.unsqueeze(0))
+                elif kind == "write":
+                    # Not to the leaf, nor to what autograd keeps for another value.
+                    if number % len(values) and value.numel():
+                        value += 1
+                elif kind == "new":
+                    values.append(value * 2 if number % 2 else value + value)
+                elif kind == "no_grad":
+                    with torch.no_grad():
+                        values.append(value[index] * 2)
+                else:
+                    kept.append(value)
+            except IndexError:
+                continue
+        return (*kept, *(value.sum() for value in values[1:]))
+
+    return program
+
+
+@settings(deadline=None, max_examples=150)
+@given(programs())
+def test_random_programs(steps):
+    program = program_of(steps)
+    x = tensor(6, 7)
+    try:
+        program(x.detach().clone().requires_grad_())
+    except RuntimeError:
+        return
+    check_pass(run, program, x)
