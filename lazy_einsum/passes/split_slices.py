@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from torch import fx
 
-from ..graph import Writers, copy_graph, facts, fresh_storage, keepers, same_mode, stamp, type_of
+from ..graph import Writers, copy_graph, facts, fresh_storage, keepers, stamp, type_of
 from ..signature import TensorType
 from ..sizes import is_symbolic
 
@@ -47,11 +47,9 @@ def split_slices() -> Callable[[fx.Graph], fx.Graph]:
         storages = itertools.count(fresh_storage(new))
         # Pieces that are put in are visited too: slices may have slices.
         for node in new.nodes:
-            known = type_of(node)
-            if known is not None and known.requires_grad:
-                for slices in _groups(node):
-                    if len(slices) > 1 and not writers.spoil_any([node], node):
-                        _split(node, slices, storages)
+            for slices in _groups(node):
+                if len(slices) > 1 and not writers.spoil_any([node], node):
+                    _split(node, slices, storages)
         return new
 
     return run
@@ -76,21 +74,23 @@ class _Slice(NamedTuple):
 
 
 def _groups(source: fx.Node) -> Iterator[list[_Slice]]:
-    """The slices of a tensor that can be taken at once, in order of their places."""
+    """Slices of a tensor that can be taken at once, in order of their places."""
     found: dict[int, list[_Slice]] = {}
     for user in source.users:
         taken = _read(user, source)
         if taken is not None and not keepers(user):
             found.setdefault(taken.dim, []).append(taken)
     for slices in found.values():
-        first = slices[0]
-        group: list[_Slice] = []
-        for taken in sorted(slices, key=lambda taken: (taken.start, taken.length)):
-            end = group[-1].start + group[-1].length if group else 0
-            same = group and taken[:3] == group[-1][:3]
-            if same_mode(first.node, taken.node) and (same or taken.start >= end):
-                group.append(taken)
-        yield group
+        rest = sorted(slices, key=lambda taken: (taken.start, taken.length))
+        while rest:
+            group: list[_Slice] = []
+            left = []
+            for taken in rest:
+                same = group and taken[:3] == group[-1][:3]
+                fits = not group or same or taken.start >= group[-1].start + group[-1].length
+                (group if fits else left).append(taken)
+            yield group
+            rest = left
 
 
 def _read(node: fx.Node, source: fx.Node) -> _Slice | None:
@@ -101,7 +101,7 @@ def _read(node: fx.Node, source: fx.Node) -> _Slice | None:
     # (A view that is made without grad says that it requires grad.)
     if not (known.grad and known.type.requires_grad):
         return None
-    if node.kwargs or node.args[0] is not source:
+    if node.kwargs:
         return None
     given: tuple[Any, ...] = node.args[1:]
     if node.target is operator.getitem:
@@ -119,8 +119,6 @@ def _place(node: fx.Node, index: tuple[object, ...], shape: tuple[int, ...]) -> 
     if any(type(item) not in (int, slice, type(Ellipsis)) for item in index):
         return None
     missing = len(shape) - len(index) + index.count(Ellipsis)
-    if missing < 0 or index.count(Ellipsis) > 1:
-        return None
     place = index.index(Ellipsis) if Ellipsis in index else len(index)
     index = (*index[:place], *[slice(None)] * missing, *index[place + 1 :])
     chosen = [(dim, item) for dim, item in enumerate(index) if item != slice(None)]

@@ -47,14 +47,27 @@ def untouched(function, *inputs):
         (lambda x: x.narrow(1, 0, 5).exp() + x.narrow(-1, 5, 5).sin(), "[5, 5], 1"),
         (lambda x: x.select(1, 0).exp() + x.select(-1, -1).sin(), "[1, 8, 1], 1"),
         (lambda x: x[:, :5].exp() + x[:, 5:].sin() + x[:, :5].cos(), "[5, 5], 1"),
-        # Of those that overlap the first ones.
-        (lambda x: x[:, :5].exp() + x[:, 3:8].sin() + x[:, 5:].cos(), "[5, 5], 1"),
         (lambda x: x[:, 2:5].reshape(-1).exp() + x[:, 5:8].permute(1, 0).reshape(-1), "[2, 3, 3, 2], 1"),
         (lambda x: (x * 2)[:, :5].exp() + x[:, 5:].sin(), None),
     ],
 )
 def test_slices(function, expected):
     assert splits(function, X) == ([expected] if expected else [])
+    if expected:
+        assert not any("slice(" in line for line in check_pass(run, function, X))
+
+
+def test_slices_that_overlap_come_of_several_splits():
+    def program(x):
+        return x[:, :5].exp() + x[:, 3:8].sin() + x[:, 5:].cos() + x[:, 8:].sum()
+
+    assert splits(program, X) == ["[5, 5], 1", "[3, 5, 2], 1"]
+
+    def three(x):
+        return x[:, :5].exp() + x[:, 3:8].sin() + x[:, 5:].cos()
+
+    assert splits(three, X) == ["[5, 5], 1"]
+    assert sum("slice(" in line for line in check_pass(run, three, X)) == 1
 
 
 def test_slices_along_several_dimensions():
@@ -81,6 +94,7 @@ def test_dtypes_and_layouts(dtype):
     assert splits(lambda x: x[:, 1:3] * x[:, 3:4], x) == ["[1, 2, 1], 1"]
     y = tensor(3, 4, dtype=dtype).detach()[:, :1].expand(3, 8).requires_grad_()
     assert splits(lambda y: y[:, :4] * y[:, 4:], y) == ["[4, 4], 1"]
+    assert splits(lambda x: x[:, 0] * x[:, 2] * x[:, 3], x) == ["[1, 1, 1, 1], 1"]
 
 
 def grown(x):
@@ -132,6 +146,8 @@ def one_without_grad(x):
         lambda x: (x[:, :5], x[:, 5:].exp()),
         lambda x: (x[:, :5].reshape(2, 2, 5), x[:, 5:].exp()),
         lambda x: x[:, ::2] * x[:, 1::2],
+        lambda x: x[:, 0:4:2] * x[:, 4:8:2],
+        lambda x: x.narrow(dim=1, start=0, length=5) * x.narrow(dim=1, start=5, length=5),
         lambda x: x[:2, :5] * x[2:, 5:],
         lambda x: x[:, [0, 1]] * x[:, [2, 3]],
         lambda x: x[None, :2] * x[None, 2:],
@@ -150,6 +166,16 @@ def test_untouched(function):
 def test_what_is_written_is_left_alone(function):
     # Of a tensor that is no leaf: eager code of such a kind fails otherwise.
     assert untouched(lambda x: function(x * 1), X)
+
+
+def test_slices_among_modes_are_left_alone():
+    def program(x):
+        with torch.autograd.graph.save_on_cpu():
+            left = x[:, :5].exp()
+        return left * x[:, 5:]
+
+    graph = traced(program, (X,)).graph
+    assert lines(run(graph)) == lines(graph)
 
 
 def test_hooked_slices_are_left_alone():
@@ -211,11 +237,14 @@ def programs(draw):
     """Steps on a list of values that starts with a leaf and a tensor made of it."""
     steps = []
     for _ in range(draw(st.integers(2, 9))):
-        kind = draw(st.sampled_from(["slice"] * 6 + ["view", "write", "new", "new", "no_grad", "keep"]))
-        bounds = sorted(draw(st.lists(st.integers(-7, 7), min_size=2, max_size=2)))
-        index = draw(st.sampled_from([slice(*bounds), slice(bounds[0], None), slice(None, bounds[1]), bounds[1]]))
-        form = draw(st.sampled_from([(index,), (slice(None), index), (..., index), (index, slice(None))]))
-        steps.append((kind, draw(st.integers(0, 20)), form))
+        kind = draw(st.sampled_from(["slice"] * 12 + ["view", "write", "new", "new", "no_grad", "keep"]))
+        index = draw(
+            st.sampled_from([slice(0, 2), slice(2, 4), slice(4, None), slice(-2, None), slice(1, 3), 0, 3, -1])
+        )
+        form = draw(st.sampled_from([(index,), (slice(None), index), (slice(None), index), (..., index)]))
+        # Mostly the first two.
+        number = draw(st.sampled_from([0, 1])) if kind == "slice" and draw(st.booleans()) else draw(st.integers(0, 20))
+        steps.append((kind, number, form))
     return steps
 
 
