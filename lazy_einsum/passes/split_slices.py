@@ -84,9 +84,9 @@ def _groups(source: fx.Node) -> Iterator[list[_Slice]]:
         rest = sorted(slices, key=lambda taken: (taken.start, taken.length))
         while rest:
             group: list[_Slice] = []
-            left = []
+            left: list[_Slice] = []
             for taken in rest:
-                same = group and taken[:3] == group[-1][:3]
+                same = bool(group) and taken[:3] == group[-1][:3]
                 fits = not group or same or taken.start >= group[-1].start + group[-1].length
                 (group if fits else left).append(taken)
             yield group
