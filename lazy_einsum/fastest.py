@@ -17,8 +17,9 @@ from .stopwatch import time_programs
 MOST_TIMED = 4
 """So many orders are timed, the first one included."""
 
-# So many of the best others by the sizes are lowered, to find those that are worth timing.
-_LOWERED = 8
+# To find those that are worth timing, the best others by the sizes are lowered: of so many operands in all, which takes
+# some milliseconds each with gradients, but at least as many as are timed.
+_LOWERED = 40
 # An order is not timed that has an intermediate so many times as large as the largest tensor of the first one.
 _LARGER = 2.0
 # Another order is taken where it takes this part of the first one's time: less is noise.
@@ -72,15 +73,16 @@ def _fastest(rounds: Sequence[Sequence[float]]) -> tuple[int, list[float]]:
 
 
 def _shown(seconds: float) -> str:
-    return f"{seconds * 1e6:.3g} us" if math.isfinite(seconds) else "none"
+    return f"{seconds * 1e6:,.0f} us" if math.isfinite(seconds) else "none"
 
 
 def _others(
     network: WrittenNetwork, first: Plan, ratio: float | None, memory_limit: int | str | None
 ) -> Iterator[Choice]:
     """Other orders, which keep the limits and need little more memory."""
+    most = max(MOST_TIMED - 1, _LOWERED // len(first.shapes))
     largest = max(first.largest_intermediate, *map(math.prod, first.shapes))
-    for order in other_orders(network, first.ssa_path)[:_LOWERED]:
+    for order in other_orders(network, first.ssa_path)[:most]:
         try:
             plan = along(network, order, "measurement", memory_limit)
         except MemoryLimitError:

@@ -136,7 +136,7 @@ def _neighbours(path: Path) -> Iterator[Path]:
     root = n + len(path) - 1
     for top, (left, right) in children.items():
         for inner, outer in ((left, right), (right, left)):
-            for kept, moved in itertools.permutations(children.get(inner, ())):
+            for kept, moved in itertools.permutations(children[inner]) if inner in children else ():
                 changed = {**children, top: (inner, moved), inner: (kept, outer)}
                 yield _order_of_children(changed, root, n)
 
@@ -150,7 +150,7 @@ def _order_of_children(children: Mapping[int, tuple[int, ...]], root: int, n: in
             inner.append(number)
             stack += children[number]
     numbers = dict(zip(reversed(inner), range(n, n + len(inner)), strict=True))
-    return tuple(tuple(numbers.get(child, child) for child in children[number]) for number in reversed(inner))
+    return tuple(tuple(sorted(numbers.get(child, child) for child in children[top])) for top in reversed(inner))
 
 
 def _best_orders(network: WrittenNetwork) -> list[Path]:
@@ -189,7 +189,7 @@ def _order_of(tree: _Tree, n: int) -> Path:
     def visit(part: _Tree) -> int:
         if isinstance(part, int):
             return part
-        pairs.append((visit(part[0]), visit(part[1])))
+        pairs.append(tuple(sorted((visit(part[0]), visit(part[1])))))
         return n + len(pairs) - 1
 
     visit(tree)
