@@ -12,6 +12,7 @@ from .errors import (
     MachineFileError,
     MemoryLimitError,
     PlanFileError,
+    PlanFileWarning,
     UntraceableError,
 )
 from .functional import EfficientShapeProp, fuse_einsums, fuse_scalars, jitable, optimize_einsums, optimize_einsums_full
@@ -19,8 +20,7 @@ from .module import OptimizedModule, disabled
 from .report import Report
 from .signature import Signature, TensorType
 from .specialize import Specialization
-
-__version__ = "0.1.0"
+from .version import __version__
 
 __all__ = [
     "BackendWarning",
@@ -35,11 +35,13 @@ __all__ = [
     "MemoryLimitError",
     "OptimizedModule",
     "PlanFileError",
+    "PlanFileWarning",
     "Report",
     "Signature",
     "Specialization",
     "TensorType",
     "UntraceableError",
+    "__version__",
     "disabled",
     "einsum",
     "fuse_einsums",

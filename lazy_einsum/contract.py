@@ -10,13 +10,12 @@ from typing import Any, TypeVar
 import torch
 from torch.overrides import handle_torch_function, has_torch_function
 
-from .blocks import lower_in_blocks
+from .choice import choose_order
 from .errors import EquationError
 from .layout import Strides
-from .orders import plan_by_calls
 from .plan import make_plan
 from .program import compile_program
-from .saved import SAVED_LIMIT, Written, WrittenNetwork, lower_saving
+from .saved import SAVED_LIMIT, Written, WrittenNetwork
 from .signature import TensorType
 from .spec import EinsumSpec
 
@@ -152,10 +151,7 @@ def _prepare(
     text = equation if isinstance(equation, str) and equation.isascii() else str(spec.canonical())
     strides = Strides.contiguous(spec.output_shape(shapes)) if _eager_is_contiguous(text, spec, types) else None
     network = WrittenNetwork(Written.plain(spec), spec, tuple(types), memory)
-    plan, limit = plan_by_calls(network, SAVED_LIMIT, strides=strides)
-    if limit is None:
-        return compile_program(lower_in_blocks(plan, types, strides))
-    return compile_program(lower_saving(plan, types, memory, limit.elements, strides))
+    return compile_program(choose_order(network, SAVED_LIMIT, strides=strides).lower(network, strides))
 
 
 def _eager_is_contiguous(text: str, spec: EinsumSpec, types: Sequence[TensorType]) -> bool:

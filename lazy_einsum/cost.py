@@ -14,6 +14,7 @@ from functools import lru_cache
 from typing import Any
 
 from .errors import MachineFileError
+from .json_files import read_json, write_whole
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,9 +100,7 @@ class Machine:
 
     def write(self, path: str) -> None:
         """Write the constants to a file in JSON."""
-        with open(path, "w", encoding="utf-8") as file:
-            json.dump(asdict(self), file, indent=1)
-            file.write("\n")
+        write_whole(path, json.dumps(asdict(self), indent=1) + "\n")
 
     @classmethod
     def read(cls, path: str) -> Machine:
@@ -111,11 +110,7 @@ class Machine:
             MachineFileError: there is no such file, or something else in it.
         """
         remedy = "unset LAZY_EINSUM_MACHINE, then write the file anew with `python -m lazy_einsum calibrate`"
-        try:
-            with open(path, encoding="utf-8") as file:
-                given = json.load(file)
-        except (OSError, ValueError) as error:
-            raise MachineFileError(f"no machine can be read from {path!r} ({error}); {remedy}") from None
+        given = read_json(path, MachineFileError, "machine", remedy)
         default = asdict(cls())
         if not isinstance(given, dict) or given.keys() != default.keys():
             raise MachineFileError(f"{path!r} has not the constants {', '.join(default)}; {remedy}")

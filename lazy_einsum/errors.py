@@ -20,7 +20,7 @@ class MemoryLimitError(LazyEinsumError):
 
 
 class PlanFileError(LazyEinsumError):
-    """A file of saved plans is malformed."""
+    """A file of saved plans is malformed or missing."""
 
 
 class MachineFileError(LazyEinsumError):
@@ -33,6 +33,10 @@ class LazyEinsumWarning(UserWarning):
 
 class FallbackWarning(LazyEinsumWarning):
     """A module, or a part of it, runs as it is because it could not be traced."""
+
+
+class PlanFileWarning(LazyEinsumWarning):
+    """Saved plans are ignored, because they were made by another version or measured on another kind of device."""
 
 
 class BackendWarning(LazyEinsumWarning):

@@ -23,7 +23,8 @@ from .errors import LazyEinsumError, UntraceableError
 from .explain import explain
 from .parts import WholeDispatcher
 from .passes import Options
-from .plan import check_optimize
+from .plan import check_optimize, learn
+from .plan_file import read_plans, write_plans
 from .report import Report
 from .saved import SAVED_LIMIT
 from .signature import Signature
@@ -87,6 +88,7 @@ def _shows_arguments(kind: type[OptimizedModule], child: Any) -> type[OptimizedM
     return known[key]
 
 
+_MEASURE = "measure"  # as ``optimize``
 _OWN = frozenset({"module", "_dispatcher", "_settings"})
 
 
@@ -102,7 +104,11 @@ class OptimizedModule(nn.Module):
         module: an ``nn.Module``, or any callable on tensors.
         maxsize: bound on the number of specializations; the least recently used is dropped.
         optimize: how to find contraction orders: ``"auto"``, or what ``opt_einsum.contract_path`` takes (a name, a
-            ``PathOptimizer``, a callable).
+            ``PathOptimizer``, a callable); or ``"measure"``: as ``"auto"``, but where code is made for the sizes of one
+            call, up to four orders of each network are timed on random tensors of these sizes, with the backward pass
+            where autograd follows, and another one is taken where it is clearly faster. That takes up to a second for
+            each network, and the memory of another set of its operands. What was fastest may differ between
+            processes: ranks that are to agree call ``load_plans`` with one file.
         memory_limit: no intermediate of a contraction is larger: bytes, or text as ``"512MiB"``.
         backend: what runs the optimized code: ``"eager"`` (generated Python code that calls torch), ``"inductor"`` or
             any other name that ``torch.compile`` takes, or a callable ``(graph_module, example_inputs) -> callable``.
@@ -168,7 +174,8 @@ class OptimizedModule(nn.Module):
         for name, value in (("reassociate", reassociate), ("dynamic", dynamic)):
             if value not in (None, True, False):
                 raise ValueError(f"{name} must be None, True or False, got {value!r}")
-        check_optimize(optimize)
+        if optimize != _MEASURE:
+            check_optimize(optimize)
         _check_saved_limit(saved_limit)
         leaf_modules, frozen = tuple(leaf_modules), _check_frozen(module, frozen)
         for leaf in leaf_modules:
@@ -248,6 +255,51 @@ class OptimizedModule(nn.Module):
         cache: Cache = self._dispatcher.cache
         with cache.lock:
             return cache.info
+
+    def save_plans(self, path: str | os.PathLike[str]) -> int:
+        """Write the contraction orders of all specializations to a file of JSON, for ``load_plans`` of other processes.
+        Whoever reads the file meanwhile finds all of it, or what was there before.
+
+        Args:
+            path: of the file, which is replaced.
+
+        Returns:
+            How many orders were written.
+
+        Raises:
+            OSError: the file can't be written.
+        """
+        orders = {key: order for entry in self.specializations.values() for key, order in entry.orders.items()}
+        write_plans(path, orders)
+        return len(orders)
+
+    def load_plans(self, path: str | os.PathLike[str]) -> int:
+        """Take contraction orders from a file that ``save_plans`` wrote: what is built from now on, here or by another
+        wrapper of this process, does not search for these, nor measure. Each is taken only for the very einsum, sizes
+        and options that it was chosen for. Those of another version of the packages, and those measured on another kind
+        of device (or with another number of threads), are left out, with a ``PlanFileWarning``. Several files can be
+        loaded; of two orders for the same, the later one counts.
+
+        Args:
+            path: of the file.
+
+        Returns:
+            How many orders were read.
+
+        Raises:
+            PlanFileError: there is no such file, or something else in it. Nothing is taken from it then.
+
+        >>> import tempfile
+        >>> m = OptimizedModule(lambda x, y, z: torch.einsum("ab,bc,cd->ad", x, y, z))
+        >>> shapes = torch.rand(2, 9), torch.rand(9, 9), torch.rand(9, 3)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     specialization = m.prepare(*shapes)
+        ...     m.save_plans(f"{folder}/plans.json") == m.load_plans(f"{folder}/plans.json") > 0
+        True
+        """
+        orders = read_plans(path)
+        learn(orders)
+        return len(orders)
 
     def cache_clear(self) -> None:
         """Drop all specializations and set the statistics to zero."""
@@ -425,12 +477,14 @@ def _rebuild(module: Any, settings: dict[str, Any], hooks: dict[str, Any]) -> Op
 
 def _dispatcher(module: Any, settings: Mapping[str, Any]) -> WholeDispatcher:
     """What calls the child of a wrapper with these settings; its cache is empty."""
+    measure = settings["optimize"] == _MEASURE
     options = Options(
-        settings["optimize"],
+        "auto" if measure else settings["optimize"],
         _bytes(settings["memory_limit"]),
         settings["reassociate"],
         settings["saved_limit"],
         bool(settings["frozen"]),
+        measure,
     )
     chosen = Settings(
         options,

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
+from .blocks import lower_in_blocks
 from .errors import MemoryLimitError
 from .kernels import lower_plan
-from .labelsets import Network, Path, SavedLimit
+from .labelsets import Network, Path
 from .layout import Strides
-from .plan import Optimize, Plan, make_plan, positions, saved_elements
-from .saved import WrittenNetwork, plan_saving, saved_limit
+from .plan import Optimize, Plan, plan_along, saved_elements
+from .program import Program
+from .saved import WrittenNetwork, lower_saving, plan_saving, saved_limit
 from .sizes import is_symbolic
 
 # With so many operands all orders are compared by their sizes (105 of five), and so many of the best by their calls.
@@ -29,13 +31,31 @@ _CLEARLY, _CLEARLY_FOLLOWED = 0.85, 0.8
 _Tree = Any  # an operand's number, or a pair of trees
 
 
+class Choice(NamedTuple):
+    """An order that was chosen.
+
+    Attributes:
+        plan: along this order.
+        elements: what autograd may save of the calls that it is lowered to; ``None`` for no limit.
+    """
+
+    plan: Plan
+    elements: float | None = None
+
+    def lower(self, network: WrittenNetwork, strides: Strides | None) -> Program:
+        """The calls for it."""
+        if self.elements is None:
+            return lower_in_blocks(self.plan, network.types, strides)
+        return lower_saving(self.plan, network.types, network.memory, self.elements, strides)
+
+
 def plan_by_calls(
     network: WrittenNetwork,
     ratio: float | None,
     optimize: Optimize = "auto",
     memory_limit: int | str | None = None,
     strides: Strides | None = None,
-) -> tuple[Plan, SavedLimit | None]:
+) -> Choice:
     """``plan_saving``, and for few operands a comparison of the best orders by the calls that they are lowered to.
 
     What the sizes alone don't tell is which operands have to be copied, and which sums are written out. (``dg_grad``:
@@ -52,8 +72,8 @@ def plan_by_calls(
         MemoryLimitError: see ``make_plan``.
     """
     plan, limit = plan_saving(network, ratio, optimize, memory_limit)
-    spec, types = network.spec, network.types
-    shapes = [known.shape for known in types]
+    first = Choice(plan, None if limit is None else limit.elements)
+    types = network.types
     followed = any(known.requires_grad for known in types)
     n_compared = (_COMPARED_FOLLOWED if followed else _COMPARED).get(len(types), 0)
     if (
@@ -61,9 +81,9 @@ def plan_by_calls(
         or optimize not in ("auto", True)
         or plan.seconds < _LEAST
         or any(network.frozen)
-        or any(is_symbolic(size) for shape in shapes for size in shape)
+        or any(is_symbolic(size) for known in types for size in known.shape)
     ):
-        return plan, limit
+        return first
     least = lower_plan(plan, types, strides).seconds * (_CLEARLY_FOLLOWED if followed else _CLEARLY)
     found: list[tuple[float, Plan]] = []
     chosen = _results(plan.ssa_path, len(shapes))
@@ -71,27 +91,84 @@ def plan_by_calls(
         if _results(order, len(shapes)) == chosen:
             continue
         try:
-            other = make_plan(spec, shapes, positions(order, len(shapes)), memory_limit)
+            other = along(network, order, "a comparison of calls", memory_limit)
         except MemoryLimitError:
             continue
         seconds = lower_plan(other, types, strides).seconds
         if seconds < least:
             found.append((seconds, other))
     for _, other in sorted(found, key=lambda item: item[0]):
-        most = None if ratio is None else saved_limit(network, ratio, other.ssa_path)
-        if most is None or saved_elements(spec, shapes, other.ssa_path, most) <= most.elements:
-            return other, most
-    return plan, limit
+        if (choice := within(network, other, ratio)) is not None:
+            return choice
+    return first
+
+
+def along(network: WrittenNetwork, path: Path, found_by: str, memory_limit: int | str | None) -> Plan:
+    """The plan of a network along a path (see ``Plan.ssa_path``) that was found in this way.
+
+    Raises:
+        MemoryLimitError: see ``make_plan``.
+    """
+    follows = tuple(one.requires_grad for one in network.types)
+    shapes = tuple(tuple(one.shape) for one in network.types)
+    return plan_along(network.spec, shapes, path, found_by, memory_limit, follows=follows, frozen=network.frozen)
+
+
+def within(network: WrittenNetwork, plan: Plan, ratio: float | None) -> Choice | None:
+    """The choice of ``plan``; ``None`` where autograd would save too much of it, see ``plan_saving``."""
+    most = None if ratio is None else saved_limit(network, ratio, plan.ssa_path)
+    if most is None:
+        return Choice(plan)
+    saved = saved_elements(network.spec, plan.shapes, plan.ssa_path, most)
+    return Choice(plan, most.elements) if saved <= most.elements else None
+
+
+def other_orders(network: WrittenNetwork, path: Path) -> list[Path]:
+    """Orders beside ``path`` that are not far from the best, best first by the sizes: of all for few operands, else of
+    its neighbours.
+    """
+    all_orders = len(network.types) in _COMPARED
+    found = _best_orders(network) if all_orders else _ranked(network, list(_neighbours(path)))
+    return [order for order in found if order != path]
+
+
+def _neighbours(path: Path) -> Iterator[Path]:
+    """Orders in which an operand of a value and the value beside that have changed places."""
+    n = len(path) + 1
+    children = {n + number: step for number, step in enumerate(path)}
+    root = n + len(path) - 1
+    for top, (left, right) in children.items():
+        for inner, outer in ((left, right), (right, left)):
+            for kept, moved in itertools.permutations(children[inner]) if inner in children else ():
+                changed = {**children, top: (inner, moved), inner: (kept, outer)}
+                yield _order_of_children(changed, root, n)
+
+
+def _order_of_children(children: Mapping[int, tuple[int, ...]], root: int, n: int) -> Path:
+    """The tree below ``root`` as pairs of numbers. (Not recursive: it may be as deep as it has operands.)"""
+    inner, stack = [], [root]
+    while stack:
+        number = stack.pop()
+        if number >= n:
+            inner.append(number)
+            stack += children[number]
+    numbers = dict(zip(reversed(inner), range(n, n + len(inner)), strict=True))
+    return tuple(tuple(sorted(numbers.get(child, child) for child in children[top])) for top in reversed(inner))
 
 
 def _best_orders(network: WrittenNetwork) -> list[Path]:
     """All orders but those that are far from the best by the sizes, best first."""
-    shapes = [known.shape for known in network.types]
+    n = len(network.types)
+    return _ranked(network, [_order_of(tree, n) for tree in _trees(tuple(range(n)))])
+
+
+def _ranked(network: WrittenNetwork, orders: Sequence[Path]) -> list[Path]:
+    """Those that are not far from the best by the sizes, best first."""
+    shapes = [one.shape for one in network.types]
     sizes = network.spec.sizes(shapes)
-    follows = [known.requires_grad for known in network.types]
+    follows = [one.requires_grad for one in network.types]
     labels = Network.of(network.spec, tuple(shapes), sizes, False).following(follows)
-    n = len(shapes)
-    seconds = {order: labels.seconds(order) for order in (_order_of(tree, n) for tree in _trees(tuple(range(n))))}
+    seconds = {order: labels.seconds(order) for order in orders}
     limit = _FAR * min(seconds.values())
     return sorted((order for order in seconds if seconds[order] <= limit), key=seconds.__getitem__)
 
@@ -123,7 +200,7 @@ def _order_of(tree: _Tree, n: int) -> Path:
     def visit(part: _Tree) -> int:
         if isinstance(part, int):
             return part
-        pairs.append((visit(part[0]), visit(part[1])))
+        pairs.append(tuple(sorted((visit(part[0]), visit(part[1])))))
         return n + len(pairs) - 1
 
     visit(tree)

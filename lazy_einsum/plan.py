@@ -6,16 +6,18 @@ import copy
 import inspect
 import math
 import random
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
 from opt_einsum.path_random import RandomOptimizer
 from opt_einsum.paths import get_path_fn
 
+from . import known
 from .cost import flop_count
 from .errors import LazyEinsumError, MemoryLimitError
+from .known import Answer, Question
 from .labelsets import LabelCount, Network, Path, SavedLimit, bits_of, union_of
 from .search import best_of, search, search_saving
 from .spec import EinsumSpec
@@ -156,28 +158,44 @@ def make_plan(
     fixed = tuple(tuple(map(int, shape)) for shape in shapes)
     if optimize == "auto" or optimize is True:
         followed = tuple(follows) if any(follows) else ()
-        return _cached_plan(spec, fixed, optimize, memory_limit, generic, saved_limit, followed, tuple(frozen))
-    if isinstance(optimize, (str, bool)):
-        return _cached_plan(spec, fixed, optimize, memory_limit, generic)
-    if not callable(optimize):
+        found = _cached_plan(spec, fixed, optimize, memory_limit, generic, saved_limit, followed, tuple(frozen))
+    elif isinstance(optimize, (str, bool)):
+        found = _cached_plan(spec, fixed, optimize, memory_limit, generic)
+    elif not callable(optimize):
         given = tuple(tuple(map(int, step)) for step in optimize)
-        return _cached_plan(spec, fixed, given, memory_limit, generic)
-    # A callable may read anything, and an optimizer may learn between calls: what they return is not kept.
-    return _plan(spec, fixed, optimize, memory_limit, generic)
+        found = _cached_plan(spec, fixed, given, memory_limit, generic)
+    else:
+        # A callable may read anything, and an optimizer may learn between calls: what they return is not kept.
+        return _plan(spec, fixed, optimize, memory_limit, generic)
+    plan, question = found
+    if question is not None:
+        known.note(question, Answer(plan.ssa_path, plan.optimizer))
+    return plan
 
 
 @lru_cache(maxsize=1024)
 def _cached_plan(
     spec: EinsumSpec,
     shapes: tuple[tuple[int, ...], ...],
-    optimize: Optimize,
+    optimize: str | bool | Path,
     limit: int | str | None,
     generic: bool,
     saved_limit: SavedLimit | None = None,
     follows: tuple[bool, ...] = (),
     frozen: tuple[bool, ...] = (),
-) -> Plan:
-    return _plan(spec, shapes, optimize, limit, generic, saved_limit, follows, frozen)
+) -> tuple[Plan, Question | None]:
+    """The plan, and what its order is kept under, where there was anything to choose."""
+    if len(shapes) < 3 or isinstance(optimize, tuple):
+        return _plan(spec, shapes, optimize, limit, generic, saved_limit, follows, frozen), None
+    saved = saved_limit and replace(saved_limit, memory=known.first_in(saved_limit.memory))
+    question = Question(str(spec), shapes, optimize, limit, generic, follows, frozen, saved)
+    answer = known.find(question)
+    if answer is None:
+        plan = _plan(spec, shapes, optimize, limit, generic, saved_limit, follows, frozen)
+        known.keep(question, Answer(plan.ssa_path, plan.optimizer))
+    else:
+        plan = plan_along(spec, shapes, answer.path, answer.found_by, limit, generic, follows, frozen)
+    return plan, question
 
 
 def _plan(
@@ -201,10 +219,10 @@ def _plan(
     elif optimize == "auto" or optimize is True:
         found: dict[Path, str] = {}
         if follows:
-            forward = _cached_plan(spec, shapes, optimize, memory_limit, generic, frozen=frozen)
+            forward, _ = _cached_plan(spec, shapes, optimize, memory_limit, generic, frozen=frozen)
             found[forward.ssa_path] = forward.optimizer
         if saved_limit is not None:
-            free = _cached_plan(spec, shapes, optimize, memory_limit, generic, None, follows, frozen)
+            free, _ = _cached_plan(spec, shapes, optimize, memory_limit, generic, None, follows, frozen)
             found[free.ssa_path] = free.optimizer
             name, path = search_saving(network, limit, found, saved_limit)
         else:
@@ -214,12 +232,42 @@ def _plan(
             name = found[path]
     else:
         name, path = _foreign(plain, optimize, limit)
+    return plan_along(spec, shapes, path, name, memory_limit, generic, follows, frozen)
+
+
+def plan_along(
+    spec: EinsumSpec,
+    shapes: tuple[tuple[int, ...], ...],
+    path: Path,
+    found_by: str,
+    memory_limit: int | str | None = None,
+    generic: bool = False,
+    follows: tuple[bool, ...] = (),
+    frozen: tuple[bool, ...] = (),
+) -> Plan:
+    """The plan of an order that is known.
+
+    Args:
+        spec: see ``make_plan``.
+        shapes: see ``make_plan``.
+        path: the order, see ``Plan.ssa_path``.
+        found_by: how it was found, in words.
+        memory_limit: see ``make_plan``.
+        generic: see ``make_plan``.
+        follows: see ``make_plan``.
+        frozen: see ``make_plan``.
+
+    Raises:
+        MemoryLimitError: it does not stay below the limit.
+    """
+    sizes = spec.sizes(shapes)
+    limit = _limit(memory_limit, spec, shapes, sizes)
     steps = _steps(spec, shapes, sizes, path, generic)
     largest = max((step.size for step in steps[:-1]), default=0)
     if largest > limit:
         raise MemoryLimitError(
-            f"einsum {spec}: the order by {name} has an intermediate of {largest} elements, expected at most "
-            f"{int(limit)}; raise memory_limit" + ("" if optimize == "auto" else " or use optimize='auto'")
+            f"einsum {spec}: the order by {found_by} has an intermediate of {largest} elements, expected at most "
+            f"{int(limit)}; raise memory_limit or use optimize='auto'"
         )
     return Plan(
         spec,
@@ -227,10 +275,17 @@ def _plan(
         steps,
         sum(step.flops for step in steps),
         flop_count(math.prod(sizes.values()), len(shapes), bool(spec.summed)),
-        network.seconds(path),
+        Network.of(spec, shapes, sizes, generic).folding(frozen).following(follows).seconds(path),
         max(step.size for step in steps),
-        name,
+        found_by,
     )
+
+
+def learn(orders: Mapping[Question, Answer]) -> None:
+    """From now on these orders are taken, whatever was found before."""
+    for question, answer in orders.items():
+        known.keep(question, answer)
+    _cached_plan.cache_clear()
 
 
 def _limit(
@@ -344,8 +399,10 @@ def check_optimize(optimize: object) -> None:
     try:
         get_path_fn(optimize)
     except KeyError:
+        hint = " ('measure' is for OptimizedModule, which knows the sizes of a call)" if optimize == "measure" else ""
         raise ValueError(
-            f"optimize={optimize!r} is not a strategy; expected 'auto' or a name that opt_einsum.contract_path takes"
+            f"optimize={optimize!r} is not a strategy here; expected 'auto' or a name that "
+            f"opt_einsum.contract_path takes{hint}"
         ) from None
 
 

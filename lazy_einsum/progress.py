@@ -9,7 +9,8 @@ _T = TypeVar("_T")
 
 
 def with_progress(items: Iterable[_T], total: int, what: str) -> Iterator[_T]:
-    """The items; a bar on standard error, if that is a terminal, counts them. Without tqdm there is none.
+    """The items; a bar on standard error, if that is a terminal, counts them once it has taken a second. Without tqdm
+    there is none.
 
     Args:
         items: one for each step of the work.
@@ -25,4 +26,4 @@ def with_progress(items: Iterable[_T], total: int, what: str) -> Iterator[_T]:
         yield from items
         return
     # ``None``: not where standard error is no terminal.
-    yield from tqdm(items, desc=what, total=total, disable=None, leave=False)
+    yield from tqdm(items, desc=what, total=total, disable=None, leave=False, delay=1)

@@ -11,6 +11,7 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from .folds import Fold, Folds, Kept
 from .frozen import frozen_values, mark_frozen
 from .generic import values_of
 from .graph import copy_graph, is_einsum, read_einsum, type_of
+from .known import Answer, Question, noting
 from .labelsets import Path as PlanPath
 from .live import Caller, direct_call
 from .passes import FOLD, PASSES, Options
@@ -150,6 +152,7 @@ class Specialization:
         run_named: the same, each contraction under a name that torch's profilers show.
         used: when it was used last, in calls of its cache.
         folds: what it computes once, of frozen tensors only.
+        orders: the contraction orders that were asked for when it was made.
     """
 
     __slots__ = (
@@ -166,6 +169,7 @@ class Specialization:
         "folds",
         "guard",
         "is_generic",
+        "orders",
         "plans",
         "reason",
         "run",
@@ -192,6 +196,7 @@ class Specialization:
         build_seconds: float,
         exceptions: set[Any],
         folds: tuple[Kept, ...] = (),
+        orders: Mapping[Question, Answer] = MappingProxyType({}),
     ) -> None:
         self.signature = signature
         self.stages = stages
@@ -208,6 +213,7 @@ class Specialization:
         self.run_named = run_named
         self.used = 0
         self.folds = folds
+        self.orders = orders
         self._record = record
         self._graph = graph
         self._state = state
@@ -438,14 +444,16 @@ def specialize(
     plans: tuple[Plan, ...] = ()
     graph = fused = traced.graph
     stages_of = run_passes(traced.graph, options, trace_seconds)
-    for stage in stages_of if not overlapping else (Stage("trace", graph, trace_seconds),):
-        if stage.name == "choose_paths":
-            fused = graph
-            plans = tuple(find_plans(graph, stage.graph))
-        graph = stage.graph
-        stages.add(stage)
-        if on_stage is not None:
-            on_stage(stage, traced)
+    with noting() as orders:
+        for stage in stages_of if not overlapping else (Stage("trace", graph, trace_seconds),):
+            if stage.name == "choose_paths":
+                fused = graph
+                plans = tuple(find_plans(graph, stage.graph))
+            graph = stage.graph
+            stages.add(stage)
+            if on_stage is not None:
+                on_stage(stage, traced)
+        ranges = tuple(plan_conditions(arguments, fused, options, traced.conditions))
     targets = [str(node.target) for node in graph.nodes if node.op == "get_attr"]
     state = {target: traced.state[target] for target in dict.fromkeys(targets)}
     kept, code = keep_folds(graph, folds, ambient) if folds is not None else ((), graph)
@@ -456,7 +464,7 @@ def specialize(
     if any(traced.writes):
         overlap = partial(shares_written if overlapping else shares_nothing_written, traced.writes)
         reads = (*reads, (WRITTEN, "shared by inputs" if overlapping else "of its own for each input"))
-    conditions = (*traced.conditions, *plan_conditions(arguments, fused, options, traced.conditions))
+    conditions = (*traced.conditions, *ranges)
     exceptions: set[Any] = set()
     wanted = list(state.values())
     guard = compile_guard(arguments, ambient, traced.reads, wanted, overlap, conditions, exceptions, traced.absent)
@@ -476,6 +484,7 @@ def specialize(
         seconds,
         exceptions,
         kept,
+        orders,
     )
 
 

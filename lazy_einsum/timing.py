@@ -19,7 +19,7 @@ from .graph import NUMBER
 from .program import compile_program, operate
 from .report import NetworkReport, OrderReport
 from .running import Part, plain_program
-from .signature import TensorType
+from .stopwatch import random_tensor, synchronize
 
 _SECONDS = 0.05
 """A network is run for so long, in each of its orders."""
@@ -46,39 +46,18 @@ def measured(network: Network) -> NetworkReport:
     return replace(report, optimized=optimized, written=written)
 
 
-def _random(known: TensorType) -> torch.Tensor:
-    """A random tensor of a type; small integers."""
-    shape, stride = tuple(map(int, known.shape)), tuple(map(int, known.stride))
-    tensor = torch.empty_strided(shape, stride, dtype=known.dtype, device=known.device)
-    generator = torch.Generator(known.device).manual_seed(0)
-    # A dimension that repeats its memory can't be written as a whole.
-    span = 1 + sum((size - 1) * step for size, step in zip(shape, stride, strict=True))
-    memory = tensor.as_strided((span,), (1,)) if tensor.numel() else tensor
-    if known.dtype.is_floating_point or known.dtype.is_complex:
-        memory.normal_(generator=generator)
-    else:
-        memory.random_(0, 2, generator=generator)
-    return tensor
-
-
 def _devices(network: Network) -> list[torch.device]:
     types = [known for part in network.parts for known in part.types]
     return list({known.device: None for known in (*types, *network.leaves.values())})
 
 
-def _synchronize(devices: Sequence[torch.device]) -> None:
-    for device in devices:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-
-
 def _time(call: Callable[[], Any], devices: Sequence[torch.device]) -> float:
     """Median seconds of a call, of as many as fit into the time."""
     call()
-    _synchronize(devices)
+    synchronize(devices)
     start = time.perf_counter()
     call()
-    _synchronize(devices)
+    synchronize(devices)
     once = max(time.perf_counter() - start, 1e-7)
     rounds = max(1, min(9, int(_SECONDS / once)))
     times = max(1, min(1000, int(_SECONDS / rounds / once)))
@@ -87,7 +66,7 @@ def _time(call: Callable[[], Any], devices: Sequence[torch.device]) -> float:
         start = time.perf_counter()
         for _ in range(times):
             call()
-        _synchronize(devices)
+        synchronize(devices)
         found.append((time.perf_counter() - start) / times)
     return statistics.median(found)
 
@@ -97,7 +76,7 @@ def _step_seconds(network: Network) -> list[float]:
     devices = _devices(network)
     steps = [0.0] * len(network.report.optimized.steps)
     for part in network.parts:
-        values = [_random(known) for known in part.types]
+        values = [random_tensor(known) for known in part.types]
         if part.lowered is None:
             steps[part.steps[0]] += _time(partial(torch.einsum, part.equation, values), devices)
             continue
@@ -113,7 +92,7 @@ def _runs(parts: Sequence[Part]) -> Callable[[], Any]:
     """What runs all parts."""
     ready = []
     for part in parts:
-        values = [_random(known) for known in part.types]
+        values = [random_tensor(known) for known in part.types]
         if part.lowered is None:
             ready.append(partial(torch.einsum, part.equation, values))
         else:
@@ -128,7 +107,7 @@ def _runs(parts: Sequence[Part]) -> Callable[[], Any]:
 
 def _calls(network: Network) -> Callable[[], Any]:
     """What runs the user's calls."""
-    leaves = {name: _random(known) for name, known in network.leaves.items()}
+    leaves = {name: random_tensor(known) for name, known in network.leaves.items()}
     order = [(node, _last_uses(network.calls, node)) for node in network.calls]
 
     def run() -> None:

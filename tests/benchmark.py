@@ -28,6 +28,7 @@ from instances import Instance, load
 from measure import Run, backward_run, forward_run, geometric_mean, medians, seconds
 from model_times import e3nn_products, mace, models
 from pairwise import pairwise
+from plan_times import measured_plans, saved_plans
 from planning import planning
 from torch import Tensor, nn
 
@@ -329,7 +330,7 @@ def memory() -> None:
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parts = ("networks", "pairwise", "planning", "dispatch", "miss", "memory", "edges", "models", "batches")
+    parts = ("networks", "pairwise", "planning", "plans", "dispatch", "miss", "memory", "edges", "models", "batches")
     parser.add_argument("cases", nargs="*", help=f"words of the names of cases; also: {', '.join(parts)}")
     parser.add_argument("--quick", action="store_true", help="7 short rounds")
     parser.add_argument("--threads", type=int, default=1, help="of torch (1)")
@@ -376,6 +377,9 @@ def main() -> None:
                 pairwise(backward, options.stride)
     if "planning" in wanted or not options.cases:
         planning()
+    if "plans" in wanted or not options.cases:
+        saved_plans()
+        measured_plans(rounds, round_seconds)
     if "dispatch" in wanted or not options.cases:
         dispatch(rounds, round_seconds)
     if "miss" in wanted or not options.cases:

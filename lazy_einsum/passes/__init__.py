@@ -35,6 +35,7 @@ class Options:
         saved_limit: what autograd may save of contractions for the backward pass, in parts of what it saves in eager
             torch.
         folds: whether what depends on frozen tensors only is computed once.
+        measure: a few orders of each network are timed, and the fastest is taken.
         exact: results that leave the graph have each stride of eager's: other specialized code takes them.
     """
 
@@ -43,6 +44,7 @@ class Options:
     reassociate: bool | None = None
     saved_limit: float | None = None
     folds: bool = False
+    measure: bool = False
     exact: bool = False
 
 
@@ -62,7 +64,9 @@ PASSES: tuple[tuple[str, Callable[[Options], Pass]], ...] = (
     ("share", lambda options: share(options.optimize, options.memory_limit, options.saved_limit)),
     (
         "choose_paths",
-        lambda options: choose_paths(options.optimize, options.memory_limit, saved_limit=options.saved_limit),
+        lambda options: choose_paths(
+            options.optimize, options.memory_limit, saved_limit=options.saved_limit, measure=options.measure
+        ),
     ),
     ("place_scalars", lambda options: place_scalars(options.reassociate)),
     ("split_slices", lambda options: split_slices()),

@@ -9,6 +9,7 @@ from dataclasses import replace
 
 from torch import fx
 
+from ..choice import choose_order
 from ..decompose import VIEWS, eager_calls
 from ..frozen import frozen_values
 from ..graph import (
@@ -24,9 +25,9 @@ from ..graph import (
     write_einsum,
 )
 from ..layout import Strides
-from ..orders import plan_by_calls
 from ..plan import Plan, make_plan
 from ..program import Value
+from ..progress import with_progress
 from ..saved import SAVED, written_network
 from ..signature import TensorType
 from ..sizes import is_symbolic
@@ -41,6 +42,7 @@ def choose_paths(
     element_limit: int | str | None = None,
     generic: bool = False,
     saved_limit: float | None = None,
+    measure: bool = False,
 ) -> Callable[[fx.Graph], fx.Graph]:
     """The pass that chooses contraction orders.
 
@@ -68,6 +70,7 @@ def choose_paths(
         generic: the result is to hold for other sizes of the same ranks.
         saved_limit: what autograd may save for the backward pass, in parts of what it saves of the einsums as they were
             written; see ``plan_by_calls``.
+        measure: time a few orders of each einsum; see ``choose_order``.
 
     Raises:
         MemoryLimitError: no order was found that stays below the limit.
@@ -77,7 +80,8 @@ def choose_paths(
         new = copy_graph(graph)
         writers, frozen = Writers(new), frozen_values(new)
         storages = itertools.count(fresh_storage(new))
-        for node in list(new.nodes):
+        nodes = list(new.nodes)
+        for node in with_progress(nodes, len(nodes), "measuring orders") if measure else nodes:
             found = read_einsum(node) if is_einsum(node) else None
             if found is None:
                 if is_einsum(node):
@@ -97,9 +101,9 @@ def choose_paths(
                 else:
                     result = type_of(node)
                     strides = None if result is None else Strides(result.stride, exact=False)
-                    plan, most = plan_by_calls(network, saved_limit, optimize, limit, strides)
-                    if most is not None:
-                        node.meta[SAVED] = len(operands), most.elements
+                    plan, elements = choose_order(network, saved_limit, optimize, limit, strides, measure)
+                    if elements is not None:
+                        node.meta[SAVED] = len(operands), elements
                 node.meta[PLAN] = plan
                 _follow_plan(node, plan, operands, storages)
             elif not generic and not any(is_symbolic(size) for operand in types for size in operand.shape):
