@@ -20,9 +20,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lazy_einsum import OptimizedModule, Report, logs
+from lazy_einsum import OptimizedModule, Report, logs, timing
 from lazy_einsum.report import NetworkReport
 from lazy_einsum.report_drawing import draw
+from lazy_einsum.report_text import n_bytes
 
 WIDTH = 100
 
@@ -266,6 +267,66 @@ def test_a_call_that_cannot_be_traced_is_explained_too() -> None:
         model(torch.rand(3))
 
 
+def test_calls_as_written_are_timed_only_where_they_take_little_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    n = 40_000  # the product of the two matrices takes 6.4 GB
+    operands = torch.rand(n, 2), torch.rand(2, n), torch.rand(n, 2)
+
+    def f(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
+        return (a @ b) @ c
+
+    def never(*_: Any) -> Any:
+        raise AssertionError("the calls as written must not run")
+
+    model = OptimizedModule(f)
+    with monkeypatch.context() as patch:
+        patch.setattr(timing, "_calls", never)
+        report = model.explain(*operands, measure=True)
+    network = network_of(report)
+    assert network.written is not None and network.written.peak_bytes > 4 * n**2 and timing.MOST_BYTES == 2**30
+    assert network.written.measured_seconds is None and network.eager_ratio is None is report.eager_ratio
+    assert network.optimized.measured_seconds is not None
+    assert network.unmeasured == "it takes 5.961 GiB of memory"
+    assert (
+        f"not timed: {network.unmeasured}" in str(report) and f"not timed: {network.unmeasured}" in report._repr_html_()
+    )
+    assert report.to_dict()["specializations"][0]["networks"][0]["unmeasured"] == network.unmeasured
+    # No limit is lower than what runs in their place.
+    monkeypatch.setattr(timing, "MOST_BYTES", 0)
+    small = network_of(
+        OptimizedModule(lambda a, b: torch.einsum("ij,jk->ik", a, b)).explain(*operands[1::-1], measure=True)
+    )
+    assert small.eager_ratio is not None and small.unmeasured == ""
+
+
+def test_what_cannot_be_timed_says_why() -> None:
+    def f(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
+        return torch.einsum("ij,jk,kl->il", a, b, c)
+
+    empty = network_of(OptimizedModule(f).explain(*[torch.empty(8, 8, device="meta")] * 3, measure=True))
+    assert empty.unmeasured == "its tensors have no data" and empty.optimized.measured_seconds is None
+    bits = network_of(OptimizedModule(f).explain(*[torch.ones(4, 4, dtype=torch.bool)] * 3, measure=True))
+    assert bits.unmeasured.startswith("it raises NotImplementedError: ") and bits.eager_ratio is None
+
+
+@pytest.mark.parametrize("follows", [False, True])
+def test_the_naive_loop_has_each_figure(follows: bool) -> None:
+    n = 64
+    report = OptimizedModule(chain).explain(*[x.requires_grad_(follows) for x in chain_operands(n)])
+    naive = network_of(report).naive
+    assert naive.bytes == 4 * (3 * n**2 + 2 * n) and naive.largest_bytes == naive.peak_bytes == 4 * n
+    assert naive.seconds > 100 * network_of(report).optimized.seconds
+    assert naive.backward_flops == 4 * naive.flops * follows
+    assert naive.backward_seconds == (pytest.approx(4 * naive.seconds) if follows else None)
+    assert naive.saved_bytes == (4 * (3 * n**2 + n) if follows else None)
+    rows = {text[:24].strip(): text[24:].split() for text in str(network_of(report)).splitlines()}
+    backward = ["FLOPs backward", "saved for backward", "predicted backward"] if follows else []
+    for name in ["scaling", "FLOPs", "bytes moved", "largest intermediate", "peak memory", "predicted time", *backward]:
+        assert len(rows[name]) in (3, 6), name  # a value for each, some with units
+    assert ("FLOPs backward" in rows) == follows
+    page = report._repr_html_()
+    assert f'<td class="n">{n_bytes(naive.bytes)}</td>' in page and "ab,bc,c-&gt;a" in page  # what is left after a step
+
+
 def test_misses_have_reasons() -> None:
     model = OptimizedModule(chain)
     assert model.explain().last_miss == ""
@@ -365,6 +426,13 @@ def test_text_fits_a_hundred_columns(report: Report) -> None:
     assert max(map(len, text.splitlines())) <= WIDTH
     assert all(max(map(len, str(network).splitlines())) <= WIDTH for network in report.networks)
     assert "def forward" in text and "last miss: first call" in text
+
+
+def test_a_long_name_of_a_class_is_wrapped() -> None:
+    kind = type("Long" * 40, (nn.Module,), {"forward": lambda self, x: torch.einsum("ij,jk,kl->il", x, x, x)})
+    report = OptimizedModule(kind()).explain(torch.rand(4, 4))
+    words = [text for text in str(report).splitlines() if "Long" not in text]
+    assert max(map(len, str(report).splitlines())) <= WIDTH and "Long" in str(report) and words
 
 
 def test_data_goes_through_json(report: Report) -> None:
