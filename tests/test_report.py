@@ -11,6 +11,8 @@ import math
 import os
 import subprocess
 import sys
+import threading
+import warnings
 from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
@@ -367,6 +369,90 @@ def test_einsums_whose_result_nobody_uses_are_marked() -> None:
 
     used = [network.is_used for network in OptimizedModule(f).explain(torch.rand(4, 4), torch.rand(4, 4)).networks]
     assert used == [False, True]
+
+
+class Counted(nn.Module):
+    """Can't be traced as a whole: it counts its calls."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = Layers()
+        self.n_calls = 0
+
+    def forward(self, x: Tensor, bias: Tensor) -> Tensor:
+        self.n_calls += 1
+        return self.layers(x, bias=bias)
+
+
+def test_a_model_that_runs_in_parts_is_explained_by_its_parts() -> None:
+    model, call = OptimizedModule(Counted(), on_untraceable="ignore"), (torch.rand(8, 64), torch.rand(64))
+    before = model.explain(*call)
+    assert before.reasons == ("forward sets self.n_calls",) and not before.specializations and not before.parts
+    model(*call)
+    report = model.explain(*call, measure=True)
+    assert report.reasons == before.reasons and report.parts == {"layers": "specialized"}
+    network = network_of(report)
+    assert [operand.name for operand in network.optimized.operands] == ["x", "layers.low", "layers.high"]
+    assert [operand.kind for operand in network.optimized.operands] == ["argument", "parameter", "parameter"]
+    assert network.where == line("ni,oi->no") and network.eager_ratio is not None
+    assert "\nruns as it is: forward sets self.n_calls\nlayers: specialized\n" in str(report)
+    page = report._repr_html_()
+    assert "Runs as it is: forward sets self.n_calls" in page and "<td>layers</td><td>specialized</td>" in page
+    assert model.module.n_calls == 1 and model.cache_info().fallbacks == 1
+    assert model.explain().reasons == report.reasons  # asked for no call, it knows of the one that ran
+
+
+def test_code_of_a_backend_is_explained_as_other_code_is() -> None:
+    x, bias = torch.rand(8, 64), torch.rand(64)
+    model = OptimizedModule(Layers(), backend="aot_eager")
+    reports = [model.explain(x, bias=bias)]
+    model(x, bias=bias)
+    reports += [model.explain(x, bias=bias), model.explain(measure=True)]
+    assert [report.specializations[0].tier for report in reports] == ["aot_eager"] * 3
+    assert [report.specializations[0].hits for report in reports] == [0, 1, 1]
+    assert reports[-1].cache["tiers"] == {"aot_eager": 1} and "runs through aot_eager;" in reports[-1]._repr_html_()
+    assert network_of(reports[0]) == network_of(reports[1]) == network_of(layers_report())
+    assert network_of(reports[-1]).eager_ratio is not None
+
+
+def test_four_threads_explain_at_once() -> None:
+    model, bias = OptimizedModule(Layers(), dynamic=False), torch.rand(64)
+    sizes, start, found = (3, 8, 20, 50), threading.Barrier(4), []
+
+    def work(number: int) -> None:
+        start.wait()
+        for n in sizes[number:] + sizes[:number]:
+            x = torch.rand(n, 64)
+            report = model.explain(x, bias=bias, measure=number == 0)
+            str(report), json.dumps(report.to_dict(), allow_nan=False)
+            model(x, bias=bias)
+            found.append((n, network_of(report).optimized.flops))
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    alone = {n: network_of(OptimizedModule(Layers()).explain(torch.rand(n, 64), bias=bias)).optimized.flops for n in sizes}
+    assert sorted(found) == sorted(list(alone.items()) * 4)
+    assert model.cache_info()[:2] == (16, 4)  # each explained and called by each thread, and built once
+    assert [miss.reason for miss in model.explain().misses].count("first call") == 1
+
+
+def test_a_call_that_fell_back_has_its_reason_once() -> None:
+    def f(x: Tensor) -> Tensor:
+        return x * x.sum().item()
+
+    model = OptimizedModule(f)
+    with pytest.warns(match="runs as it is"):
+        model(torch.rand(3))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        report, known = model.explain(torch.rand(3)), model.explain()
+    assert report.reasons == known.reasons and len(report.reasons) == 1
+    assert report.reasons[0].endswith(f"{__file__}:{f.__code__.co_firstlineno + 1}")
+    assert report.cache["fallbacks"] == known.cache["fallbacks"] == 1
+    assert "Runs as it is: " in report._repr_html_() and report.eager_ratio is None and report.largest_bytes == 0
 
 
 # -- measured --------------------------------------------------------------------------------------------------------
