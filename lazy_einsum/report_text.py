@@ -82,13 +82,13 @@ def _network(network: NetworkReport, title: str, width: int) -> Iterator[str]:
         yield f"{network.folded} of its steps are computed once, of frozen tensors"
     for number, operand in enumerate(network.optimized.operands):
         yield shortened(f"{number:>4}  {operand.name}  {operand.type}  {operand.where}".rstrip(), width)
-    yield from _comparison(network)
+    yield from _comparison(network, width)
     if len(network.path) > 1:
         yield f"order by {network.optimizer}: {shortened(str(list(network.path)), width - 45)}"
-    yield from _steps(network.optimized, width)
+    yield from _steps(network.optimized)
 
 
-def _comparison(network: NetworkReport) -> Iterator[str]:
+def _comparison(network: NetworkReport, width: int) -> Iterator[str]:
     """What it costs naively, as written and optimized."""
     rows = [("", "naive", "as written", "optimized"), *compared(network)]
     if network.eager_ratio is not None:
@@ -96,17 +96,17 @@ def _comparison(network: NetworkReport) -> Iterator[str]:
     for name, naive, written, optimized in rows:
         yield f"{name:24} {naive:>12} {written:>12} {optimized:>12}"
     if network.unmeasured:
-        yield from _wrapped(f"as written it was not timed: {network.unmeasured}")
+        yield from _wrapped(f"as written it was not timed: {network.unmeasured}", width=width)
 
 
-def _steps(order: OrderReport, width: int) -> Iterator[str]:
+def _steps(order: OrderReport) -> Iterator[str]:
     is_timed = any(step.measured_seconds is not None for step in order.steps)
     yield (
         f"{'step':>4} {'operands':<9} {'einsum':<19} {'result':<13} {'dims':>4} {'BLAS':<12} {'kernel':<13} "
         f"{'FLOPs':>7} {'time' if not is_timed else 'measured':>9}"
     )
     for number, step in enumerate(order.steps, len(order.operands)):
-        yield _step(number, step)[:width]
+        yield _step(number, step)
 
 
 def _step(number: int, step: StepReport) -> str:
@@ -157,7 +157,12 @@ def count(value: int) -> str:
     """
     if value < 10_000:
         return str(value)
-    return f"{value:.2e}".replace("e+0", "e").replace("e+", "e")
+    return _short_exponent(f"{value:.2e}")
+
+
+def _short_exponent(text: str) -> str:
+    """``1e7`` for ``1e+07``."""
+    return text.replace("e+0", "e").replace("e+", "e")
 
 
 def n_bytes(value: int) -> str:
@@ -175,15 +180,15 @@ def n_bytes(value: int) -> str:
 
 
 def seconds(value: float) -> str:
-    """A time with its unit.
+    """A time with its unit, of at most nine characters.
 
-    >>> seconds(2.5e-6), seconds(0.0123)
-    ('2.5 us', '12.3 ms')
+    >>> seconds(2.5e-6), seconds(0.0123), seconds(1.82e10)
+    ('2.5 us', '12.3 ms', '1.82e10 s')
     """
     for unit, factor in (("us", 1e6), ("ms", 1e3)):
         if value * factor < 1000:
             return f"{value * factor:.3g} {unit}"
-    return f"{value:.3g} s"
+    return _short_exponent(f"{value:.3g} s")
 
 
 FIGURES: tuple[tuple[str, str, Callable[[Any], str]], ...] = (

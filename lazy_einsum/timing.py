@@ -32,7 +32,7 @@ MOST_BYTES = 2**30
 def measured(network: Network) -> NetworkReport:
     """The report of a network with the time of each step, and of the calls as they were written.
 
-    Both run without gradients, on random tensors of the shapes, strides and dtypes of the call, in turns. Nothing of
+    Both run on random tensors of the shapes, strides and dtypes of the call, which autograd does not follow. Nothing of
     the module runs but these calls, and not the user's where they take much memory.
     """
     report = network.report
@@ -40,7 +40,7 @@ def measured(network: Network) -> NetworkReport:
     if any(device.type == "meta" for device in devices):
         return replace(report, unmeasured="its tensors have no data")
     reason = _why_not_timed(report)
-    with ambient_module.no_modes(), torch.no_grad():
+    with ambient_module.no_modes():
         steps = _step_seconds(network) if network.parts else None
         whole = _time(_runs(network.parts), devices) if network.parts else None
         eager = None
