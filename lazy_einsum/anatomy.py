@@ -9,7 +9,17 @@ from typing import NamedTuple
 
 from torch import fx
 
-from .figures import at_example, backward_seconds, blas_kind, exact, order_report, peak_of, scaling, step_seconds
+from .figures import (
+    at_example,
+    backward_seconds,
+    blas_kind,
+    exact,
+    naive_report,
+    order_report,
+    peak_of,
+    scaling,
+    step_seconds,
+)
 from .graph import NUMBER, facts, is_einsum, read_einsum, type_of
 from .operand_names import Names, written_call
 from .passes.choose_paths import PLAN
@@ -113,6 +123,7 @@ class _Reader:
         origin = self._graphs.traced.get(node.name)
         made_by = "" if origin is not None else self._maker(node)
         written = None if origin is None else self._written(node, operands, cone, leaves)
+        optimized = self._optimized(node, operands, plan, types, parts, steps)
         calls = [self._graphs.traced[n.name] for n in cone if self._is_contraction(n)]
         report = NetworkReport(
             node.name,
@@ -125,10 +136,9 @@ class _Reader:
             sum(step is not None and step not in self._lowered and step not in self._graphs.final for step in steps),
             plan.optimizer if len(plan.steps) > 1 else "no search",
             plan.path,
-            plan.naive_flops,
-            scaling(plan.spec, plan.shapes),
+            naive_report(plan, optimized.operands, types, str(plan.spec)),
             written,
-            self._optimized(node, operands, plan, types, parts, steps),
+            optimized,
         )
         own = {leaf: entering for leaf in leaves if (entering := type_of(self._graphs.written[leaf])) is not None}
         return Network(report, tuple(self._graphs.written[n.name] for n in cone), own, parts, self._symbols)

@@ -6,9 +6,9 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 
-from .cost import sum_seconds
+from .cost import sum_seconds, walk_seconds
 from .labelsets import Network, Path
-from .plan import Plan
+from .plan import Plan, positions
 from .report import OperandReport, OrderReport, StepReport
 from .saved import Written, WrittenNetwork, eager_saved
 from .signature import TensorType
@@ -86,11 +86,40 @@ def eager_path(spec: EinsumSpec, types: Sequence[TensorType]) -> Path | bool:
     pairs = tape.pairs if tape is not None else []
     if sorted(number for pair in pairs for number in pair) != list(range(2 * len(types) - 2)):
         return False
-    alive, path = list(range(len(types))), []
-    for number, pair in enumerate(pairs):
-        path.append(tuple(sorted(alive.index(operand) for operand in pair)))
-        alive = [operand for operand in alive if operand not in pair] + [len(types) + number]
-    return tuple(path)
+    return positions(tuple(pairs), len(types))
+
+
+def naive_report(
+    plan: Plan, operands: Sequence[OperandReport], types: Sequence[TensorType], equation: str
+) -> OrderReport:
+    """One loop over all labels, which reads each operand and writes the result, and one more for each gradient.
+
+    There is nothing between operands and result, so that neither a copy nor another result takes memory.
+    """
+    item = types[0].dtype.itemsize
+    shape = plan.spec.output_shape(plan.shapes)
+    result = math.prod(shape)
+    # The gradient of an operand is the same loop, with the operand and the result in each other's place.
+    n_followed = sum(known.requires_grad for known in types)
+    moved = item * (sum(map(math.prod, plan.shapes)) + result)
+    took = walk_seconds(plan.naive_flops, 1, 1, 1, 1, moved)
+    step = StepReport(
+        tuple(range(len(operands))),
+        equation,
+        "",
+        shape,
+        scaling(plan.spec, plan.shapes),
+        "-",
+        "loop",
+        (),
+        plan.naive_flops,
+        plan.naive_flops * n_followed,
+        moved,
+        item * result,
+        took,
+    )
+    saved = item * sum(map(math.prod, plan.shapes)) if n_followed else None
+    return order_report(operands, [step], item * result, saved, n_followed * took if n_followed else None)
 
 
 def peak_of(plan: Plan, item: int) -> int:

@@ -56,7 +56,6 @@ class StepReport:
         result_bytes: of its result.
         seconds: what the cost model expects.
         measured_seconds: what it took, where that was measured.
-        where: ``file:line`` of the user's code.
     """
 
     operands: tuple[int, ...]
@@ -73,7 +72,6 @@ class StepReport:
     result_bytes: int
     seconds: float
     measured_seconds: float | None = None
-    where: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,10 +138,10 @@ class NetworkReport:
         folded: steps that are computed once, as they have frozen operands only.
         optimizer: name of the strategy that found the order.
         path: the order as opt_einsum has it: positions in a list from which consumed operands are removed.
-        naive_flops: operations of one loop over all labels.
-        naive_scaling: number of labels.
+        naive: one loop over all labels, as an order of one step.
         written: the calls as they are in the user's code; ``None`` where ``made_by`` is a pass.
         optimized: what runs.
+        unmeasured: why the calls as they are in the user's code were not timed, where times were asked for.
     """
 
     name: str
@@ -156,15 +154,25 @@ class NetworkReport:
     folded: int
     optimizer: str
     path: tuple[tuple[int, ...], ...]
-    naive_flops: int
-    naive_scaling: int
+    naive: OrderReport
     written: OrderReport | None
     optimized: OrderReport
+    unmeasured: str = ""
 
     @property
     def is_fused(self) -> bool:
         """Whether it was made of several calls."""
         return len(self.calls) > 1
+
+    @property
+    def naive_flops(self) -> int:
+        """Operations of one loop over all labels."""
+        return self.naive.flops
+
+    @property
+    def naive_scaling(self) -> int:
+        """Number of labels, those of size 1 apart."""
+        return self.naive.scaling
 
     @property
     def order(self) -> str:

@@ -7,7 +7,7 @@ from html import escape
 from typing import TYPE_CHECKING
 
 from .report_drawing import LEVELS, draw, svg
-from .report_text import count, n_bytes, plain_code, seconds, shape_text, shortened
+from .report_text import compared, count, n_bytes, plain_code, seconds, shape_text, shortened
 
 if TYPE_CHECKING:
     from .report import NetworkReport, OrderReport, Report, SpecializationReport
@@ -147,12 +147,25 @@ def _network(number: int, network: NetworkReport) -> Iterator[str]:
     legend = "".join(f'<i class="l{level}"></i>' for level in range(LEVELS))
     yield f'<p class="soft legend">Few FLOPs {legend} many. Wider lines are larger tensors. Rings are operands.</p>'
     timed = optimized.measured_seconds is not None
-    names = ["step", "operands", "einsum", "result", "dims", "BLAS", "kernel", "FLOPs", "bytes", "predicted"]
+    names = [
+        "step",
+        "operands",
+        "einsum",
+        "remaining",
+        "result",
+        "dims",
+        "BLAS",
+        "kernel",
+        "FLOPs",
+        "bytes",
+        "predicted",
+    ]
     rows = [
         [
             str(place),
             ", ".join(map(str, step.operands)),
             step.equation,
+            step.remaining,
             shape_text(step.shape),
             str(step.scaling),
             step.blas,
@@ -164,8 +177,8 @@ def _network(number: int, network: NetworkReport) -> Iterator[str]:
         ]
         for place, step in enumerate(optimized.steps, len(optimized.operands))
     ]
-    numbers = [0, 4, 7, 8, 9, *([10] if timed else [])]
-    yield _table("Order", [*names, *(["measured"] if timed else [])], rows, numbers, [2, 6])
+    numbers = [0, 5, 8, 9, 10, *([11] if timed else [])]
+    yield _table("Order", [*names, *(["measured"] if timed else [])], rows, numbers, [2, 3, 7])
     operands = [
         [str(place), operand.name, operand.kind, operand.type, n_bytes(operand.bytes), operand.where]
         for place, operand in enumerate(optimized.operands)
@@ -180,25 +193,9 @@ def _figure(title: str, order: OrderReport, most: int) -> str:
 
 
 def _comparison(network: NetworkReport) -> str:
-    written, optimized = network.written, network.optimized
-
-    def cells(attribute: str, show: object) -> list[str]:
-        values = [getattr(order, attribute, None) for order in (written, optimized)]
-        return ["" if value is None else show(value) for value in values]  # type: ignore[operator]
-
-    rows = [
-        ["scaling", str(network.naive_scaling), *cells("scaling", str)],
-        ["FLOPs", count(network.naive_flops), *cells("flops", count)],
-        ["FLOPs backward", "", *cells("backward_flops", count)],
-        ["bytes moved", "", *cells("bytes", n_bytes)],
-        ["largest intermediate", "", *cells("largest_bytes", n_bytes)],
-        ["peak memory", "", *cells("peak_bytes", n_bytes)],
-        ["saved for backward", "", *cells("saved_bytes", n_bytes)],
-        ["predicted time", "", *cells("seconds", seconds)],
-        ["predicted backward", "", *cells("backward_seconds", seconds)],
-        ["measured time", "", *cells("measured_seconds", seconds)],
-    ]
-    return _table("", ["", "naive", "as written", "optimized"], [row for row in rows if row[3]], [1, 2, 3])
+    table = _table("", ["", "naive", "as written", "optimized"], compared(network), [1, 2, 3])
+    reason = network.unmeasured
+    return table + (f"<p>As written it was not timed: {escape(reason)}.</p>" if reason else "")
 
 
 def _table(

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import re
 import textwrap
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .report import NetworkReport, OrderReport, Report, SpecializationReport, StepReport
@@ -17,7 +17,7 @@ def write_text(report: Report) -> str:
     """The whole report."""
     cache = report.cache
     lines = [
-        f"{report.name}: {cache['currsize']} of at most {cache['maxsize']} specializations",
+        *_wrapped(f"{report.name}: {cache['currsize']} of at most {cache['maxsize']} specializations"),
         f"{cache['hits']} hits, {cache['misses']} misses, {cache['evictions']} evictions, {cache['fallbacks']} "
         f"fall-backs; {cache['build_seconds']:.3f} s building",
     ]
@@ -82,58 +82,31 @@ def _network(network: NetworkReport, title: str, width: int) -> Iterator[str]:
         yield f"{network.folded} of its steps are computed once, of frozen tensors"
     for number, operand in enumerate(network.optimized.operands):
         yield shortened(f"{number:>4}  {operand.name}  {operand.type}  {operand.where}".rstrip(), width)
-    yield from _comparison(network)
+    yield from _comparison(network, width)
     if len(network.path) > 1:
         yield f"order by {network.optimizer}: {shortened(str(list(network.path)), width - 45)}"
-    yield from _steps(network.optimized, width)
+    yield from _steps(network.optimized)
 
 
-def _comparison(network: NetworkReport) -> Iterator[str]:
+def _comparison(network: NetworkReport, width: int) -> Iterator[str]:
     """What it costs naively, as written and optimized."""
-    written, optimized = network.written, network.optimized
-    yield f"{'':24} {'naive':>12} {'as written':>12} {'optimized':>12}"
-
-    def row(name: str, naive: str, before: str, after: str) -> str:
-        return f"{name:24} {naive:>12} {before:>12} {after:>12}"
-
-    def before(text: str) -> str:
-        return text if written is not None else ""
-
-    yield row("scaling", str(network.naive_scaling), before(str(written and written.scaling)), str(optimized.scaling))
-    flops = before(count(written.flops if written else 0))
-    yield row("FLOPs", count(network.naive_flops), flops, count(optimized.flops))
-    if optimized.backward_flops:
-        more = before(count(written.backward_flops if written else 0))
-        yield row("FLOPs backward", "", more, count(optimized.backward_flops))
-    for name, attribute in (
-        ("bytes moved", "bytes"),
-        ("largest intermediate", "largest_bytes"),
-        ("peak memory", "peak_bytes"),
-        ("saved for backward", "saved_bytes"),
-    ):
-        value, other = getattr(optimized, attribute), getattr(written, attribute, None)
-        if value is not None:
-            yield row(name, "", n_bytes(other) if other is not None else "", n_bytes(value))
-    for name, attribute in (
-        ("predicted time", "seconds"),
-        ("predicted backward", "backward_seconds"),
-        ("measured time", "measured_seconds"),
-    ):
-        value, other = getattr(optimized, attribute), getattr(written, attribute, None)
-        if value is not None:
-            yield row(name, "", seconds(other) if other is not None else "", seconds(value))
+    rows = [("", "naive", "as written", "optimized"), *compared(network)]
     if network.eager_ratio is not None:
-        yield row("times as fast as written", "", "", f"{network.eager_ratio:.2f}")
+        rows.append(("times as fast as written", "", "", f"{network.eager_ratio:.2f}"))
+    for name, naive, written, optimized in rows:
+        yield f"{name:24} {naive:>12} {written:>12} {optimized:>12}"
+    if network.unmeasured:
+        yield from _wrapped(f"as written it was not timed: {network.unmeasured}", width=width)
 
 
-def _steps(order: OrderReport, width: int) -> Iterator[str]:
+def _steps(order: OrderReport) -> Iterator[str]:
     is_timed = any(step.measured_seconds is not None for step in order.steps)
     yield (
         f"{'step':>4} {'operands':<9} {'einsum':<19} {'result':<13} {'dims':>4} {'BLAS':<12} {'kernel':<13} "
         f"{'FLOPs':>7} {'time' if not is_timed else 'measured':>9}"
     )
     for number, step in enumerate(order.steps, len(order.operands)):
-        yield _step(number, step)[:width]
+        yield _step(number, step)
 
 
 def _step(number: int, step: StepReport) -> str:
@@ -184,7 +157,12 @@ def count(value: int) -> str:
     """
     if value < 10_000:
         return str(value)
-    return f"{value:.2e}".replace("e+0", "e").replace("e+", "e")
+    return _short_exponent(f"{value:.2e}")
+
+
+def _short_exponent(text: str) -> str:
+    """``1e7`` for ``1e+07``."""
+    return text.replace("e+0", "e").replace("e+", "e")
 
 
 def n_bytes(value: int) -> str:
@@ -202,12 +180,40 @@ def n_bytes(value: int) -> str:
 
 
 def seconds(value: float) -> str:
-    """A time with its unit.
+    """A time with its unit, of at most nine characters.
 
-    >>> seconds(2.5e-6), seconds(0.0123)
-    ('2.5 us', '12.3 ms')
+    >>> seconds(2.5e-6), seconds(0.0123), seconds(1.82e10)
+    ('2.5 us', '12.3 ms', '1.82e10 s')
     """
     for unit, factor in (("us", 1e6), ("ms", 1e3)):
         if value * factor < 1000:
             return f"{value * factor:.3g} {unit}"
-    return f"{value:.3g} s"
+    return _short_exponent(f"{value:.3g} s")
+
+
+FIGURES: tuple[tuple[str, str, Callable[[Any], str]], ...] = (
+    ("scaling", "scaling", str),
+    ("FLOPs", "flops", count),
+    ("FLOPs backward", "backward_flops", count),
+    ("bytes moved", "bytes", n_bytes),
+    ("largest intermediate", "largest_bytes", n_bytes),
+    ("peak memory", "peak_bytes", n_bytes),
+    ("saved for backward", "saved_bytes", n_bytes),
+    ("predicted time", "seconds", seconds),
+    ("predicted backward", "backward_seconds", seconds),
+    ("measured time", "measured_seconds", seconds),
+)
+"""What orders are compared by: its name, the attribute of ``OrderReport``, how its value is shown."""
+
+
+def compared(network: NetworkReport) -> Iterator[tuple[str, str, str, str]]:
+    """Rows of figures by name: naively, as written and optimized; those that the optimized order has."""
+    for name, attribute, show in FIGURES:
+        if attribute == "backward_flops" and not network.optimized.backward_flops:
+            continue
+        naive, written, optimized = (
+            getattr(order, attribute, None) for order in (network.naive, network.written, network.optimized)
+        )
+        if optimized is not None:
+            naive_text, written_text = ("" if value is None else show(value) for value in (naive, written))
+            yield name, naive_text, written_text, show(optimized)

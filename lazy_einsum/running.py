@@ -5,12 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-import torch
-
-from . import ambient as ambient_module
 from .passes.lower import Lowered
-from .program import Program, Value, operate
-from .saved import Tape
+from .program import Program, Value
+from .saved import Tape, plain_argument
 from .signature import TensorType
 
 
@@ -64,35 +61,24 @@ def calls_of(part: Part) -> Iterator[tuple[int, str, str]]:
         yield number, next(texts), "" if is_view else "copy" if call in ("reshape", "contiguous", "clone") else call
 
 
-def _without_data(known: TensorType) -> torch.Tensor:
-    return torch.empty_strided(known.shape, known.stride, dtype=known.dtype, device="meta")
-
-
-def _values(part: Part) -> list[torch.Tensor]:
-    """All values of a part: what enters it, and the result of each call, none with data."""
+def _run_without_data(part: Part) -> Tape:
+    """The calls of a tree, run on tensors without data: the tape has all values, what enters first."""
     assert part.lowered is not None
-    with ambient_module.no_modes(), torch.no_grad():
-        values = [_without_data(known) for known in part.types]
-        for call in plain_program(part.lowered.program).calls:
-            values.append(operate(call, values))
-    return values
+    tape = Tape(part.types, part.memory)
+    tape.run(part.lowered.program.calls, range(len(part.types)))
+    return tape
 
 
 def plain_program(program: Program) -> Program:
     """A program with plain numbers for sizes that vary."""
-    return replace(program, calls=tuple(call._replace(args=tuple(map(_plain, call.args))) for call in program.calls))
-
-
-def _plain(argument: object) -> object:
-    if isinstance(argument, tuple):
-        return tuple(map(_plain, argument))
-    return int(argument) if isinstance(argument, int) and type(argument) is not bool else argument
+    calls = tuple(call._replace(args=tuple(map(plain_argument, call.args))) for call in program.calls)
+    return replace(program, calls=calls)
 
 
 def _runs_without_data(part: Part) -> Iterator[tuple[str, bool]]:
     """The method that each call of a part calls, and whether its result is a view."""
     assert part.lowered is not None
-    values = _values(part)
+    values = _run_without_data(part).values
     for number, call in enumerate(part.lowered.program.calls, len(part.types)):
         taken = [values[argument.number] for argument in call.args if isinstance(argument, Value)]
         memory = {value.untyped_storage()._cdata for value in taken}
@@ -105,8 +91,8 @@ def memory_of_part(part: Part) -> tuple[int, int | None]:
     if part.lowered is None:
         return 0, None
     program = part.lowered.program
-    values = _values(part)
-    n = len(part.types)
+    tape = _run_without_data(part)
+    values, n = tape.values, len(part.types)
     keys = [value.untyped_storage()._cdata for value in values]
     last: dict[int, int] = {}
     for at, call in enumerate(program.calls):
@@ -121,10 +107,6 @@ def memory_of_part(part: Part) -> tuple[int, int | None]:
             alive[key] = values[n + at].untyped_storage().nbytes()
         most = max(most, sum(alive.values()))
         alive = {key: size for key, size in alive.items() if last[key] > at}
-    if not any(known.requires_grad for known in part.types):
-        return most, 0
-    tape = Tape(part.types, part.memory)
-    tape.run(program.calls, range(n))
     return most, tape.saved
 
 

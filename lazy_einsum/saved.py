@@ -20,7 +20,7 @@ from .kernels import lower_plan
 from .labelsets import Path, SavedLimit
 from .layout import Strides
 from .plan import Optimize, Plan, make_plan, saved_elements
-from .program import Call, Program, Value
+from .program import Call, Program, Value, operate
 from .signature import TensorType
 from .sizes import is_symbolic
 from .spec import EinsumSpec
@@ -166,14 +166,13 @@ class Tape:
     def run(self, calls: Sequence[Call], operands: Sequence[int]) -> int:
         """Run calls whose operands are these values; the number of the result."""
         numbers = list(operands)
+        values = [self.values[number] for number in operands]
         with ambient_module.no_modes(), torch.no_grad():
-            for target, args, kwargs in calls:
+            for call in calls:
+                target, args, kwargs = call
                 own = [numbers[arg.number] if isinstance(arg, Value) else None for arg in args]
-                receiver, *rest = [
-                    _plain(arg) if number is None else self.values[number]
-                    for arg, number in zip(args, own, strict=True)
-                ]
-                self.values.append(getattr(receiver, target)(*rest, **dict(kwargs)))
+                values.append(operate(Call(target, tuple(map(plain_argument, args)), kwargs), values))
+                self.values.append(values[-1])
                 numbers.append(len(self.values) - 1)
                 self._note(target, own)
         return numbers[-1]
@@ -203,10 +202,10 @@ class Tape:
                 self._saved[memory] = max(self._saved.get(memory, 0), size)
 
 
-def _plain(argument: Any) -> Any:
+def plain_argument(argument: Any) -> Any:
     """An argument with examples in the places of symbolic sizes."""
     if isinstance(argument, tuple):
-        return tuple(map(_plain, argument))
+        return tuple(map(plain_argument, argument))
     return int(argument) if is_symbolic(argument) else argument
 
 

@@ -16,26 +16,39 @@ from torch import fx
 from . import ambient as ambient_module
 from .anatomy import Network
 from .graph import NUMBER
-from .program import compile_program, operate
+from .program import Value, compile_program, operate
 from .report import NetworkReport, OrderReport
+from .report_text import n_bytes
 from .running import Part, plain_program
 from .stopwatch import random_tensor, synchronize
 
 _SECONDS = 0.05
 """A network is run for so long, in each of its orders."""
 
+MOST_BYTES = 2**30
+"""Calls as they were written are timed where they take no more memory than this, or than what runs in their place."""
+
 
 def measured(network: Network) -> NetworkReport:
     """The report of a network with the time of each step, and of the calls as they were written.
 
-    Both run without gradients, on random tensors of the shapes, strides and dtypes of the call, in turns. Nothing of
-    the module runs but these calls.
+    Both run on random tensors of the shapes, strides and dtypes of the call, which autograd does not follow. Nothing of
+    the module runs but these calls, and not the user's where they take much memory.
     """
     report = network.report
-    with ambient_module.no_modes(), torch.no_grad():
+    devices = _devices(network)
+    if any(device.type == "meta" for device in devices):
+        return replace(report, unmeasured="its tensors have no data")
+    reason = _why_not_timed(report)
+    with ambient_module.no_modes():
         steps = _step_seconds(network) if network.parts else None
-        whole = _time(_runs(network.parts), _devices(network)) if network.parts else None
-        eager = _time(_calls(network), _devices(network)) if network.calls else None
+        whole = _time(_runs(network.parts), devices) if network.parts else None
+        eager = None
+        if report.written is not None and not reason:
+            try:
+                eager = _time(_calls(network), devices)
+            except RuntimeError as error:  # torch has no kernel for it, say: the call itself raises the same
+                reason = f"it raises {type(error).__name__}: {error}"
     optimized = report.optimized
     if steps is not None:
         timed = tuple(replace(step, measured_seconds=took) for step, took in zip(optimized.steps, steps, strict=True))
@@ -43,7 +56,15 @@ def measured(network: Network) -> NetworkReport:
     written: OrderReport | None = report.written
     if written is not None and eager is not None:
         written = replace(written, measured_seconds=eager)
-    return replace(report, optimized=optimized, written=written)
+    return replace(report, optimized=optimized, written=written, unmeasured=reason)
+
+
+def _why_not_timed(report: NetworkReport) -> str:
+    """Why the calls as they were written are not to be run; empty where they are."""
+    if report.written is None:
+        return "" if report.made_by else "its calls are of a form that is not read"
+    peak, most = report.written.peak_bytes, max(MOST_BYTES, report.optimized.peak_bytes)
+    return f"it takes {n_bytes(peak)} of memory" if peak > most else ""
 
 
 def _devices(network: Network) -> list[torch.device]:
@@ -74,17 +95,23 @@ def _time(call: Callable[[], Any], devices: Sequence[torch.device]) -> float:
 def _step_seconds(network: Network) -> list[float]:
     """Seconds of each step: of its calls, timed one by one."""
     devices = _devices(network)
+    dropped = torch.empty(0)
     steps = [0.0] * len(network.report.optimized.steps)
     for part in network.parts:
         values = [random_tensor(known) for known in part.types]
         if part.lowered is None:
             steps[part.steps[0]] += _time(partial(torch.einsum, part.equation, values), devices)
             continue
-        for number, call in zip(part.steps, part.lowered.program.calls, strict=True):
+        calls = plain_program(part.lowered.program).calls
+        last = {arg.number: at for at, call in enumerate(calls) for arg in call.args if isinstance(arg, Value)}
+        for at, (number, call) in enumerate(zip(part.steps, calls, strict=True)):
             # What is written in place is so at each of the rounds; nobody reads the values.
             if number >= 0:
                 steps[number] += _time(partial(operate, call, values), devices)
             values.append(operate(call, values))
+            for used in (arg.number for arg in call.args if isinstance(arg, Value)):
+                if last[used] == at:
+                    values[used] = dropped  # as in the code that runs: at no time more is alive
     return steps
 
 

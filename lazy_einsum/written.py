@@ -116,7 +116,6 @@ class WrittenCalls:
         followed = sum(self._follows[number] for number in operands)
         self._follows.append(bool(followed))
         self.backward_seconds += figures.backward_seconds
-        known = facts(call)
         self.steps.append(
             StepReport(
                 operands,
@@ -132,8 +131,6 @@ class WrittenCalls:
                 self.item * figures.elements,
                 self.item * math.prod(figures.shape),
                 figures.seconds,
-                None,
-                known.where if known is not None else "",
             )
         )
 

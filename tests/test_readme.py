@@ -51,3 +51,15 @@ def test_the_first_example_shows_what_its_comments_say() -> None:
     assert code.count(".mv(") == 3
     assert "mm(" not in code
     assert code.count(".mul(") == 1
+
+
+def test_the_report_shown_is_the_one_that_its_example_gives(tmp_path: Path) -> None:
+    shown = README.split("`print(report.networks[0])`:\n\n```\n")[1].split("\n```\n")[0]
+    (block,) = [block for block in BLOCKS if "class LowRank" in block]
+    file = tmp_path / "model.py"
+    file.write_text(block + 'print("network:")\nprint(report.networks[0])\n')
+    done = subprocess.run([sys.executable, file], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    printed = done.stdout.split("network:\n")[-1].replace(str(file), file.name).splitlines()
+    words = [(line.split(), text.split()) for line, text in zip(shown.splitlines(), printed, strict=True)]
+    assert [line for line, _ in words] == [text for _, text in words]

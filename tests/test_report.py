@@ -11,7 +11,11 @@ import math
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+import threading
+import warnings
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import fields, is_dataclass, replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -19,10 +23,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
-from lazy_einsum import OptimizedModule, Report, logs
-from lazy_einsum.report import NetworkReport
+from lazy_einsum import OptimizedModule, Report, logs, timing
+from lazy_einsum.report import FoldReport, LeftReport, NetworkReport
 from lazy_einsum.report_drawing import draw
+from lazy_einsum.report_page import write_page
+from lazy_einsum.report_text import n_bytes, seconds
 
 WIDTH = 100
 
@@ -186,9 +193,11 @@ def test_equal_einsums_are_computed_once() -> None:
     def f(a: Tensor, b: Tensor) -> Tensor:
         return torch.einsum("ij,jk->ik", a, b).relu() + torch.einsum("jk,ij->ik", b, a).tanh()
 
-    (entry,) = OptimizedModule(f).explain(torch.rand(200, 200), torch.rand(200, 200)).specializations
+    report = OptimizedModule(f).explain(torch.rand(200, 200), torch.rand(200, 200))
+    (entry,) = report.specializations
     assert len(entry.networks) == 1
     assert [call.text for call in entry.repeated] == ["einsum 'jk,ij->ik'"]
+    assert "computed once, as another einsum gives the same: einsum 'jk,ij->ik'" in str(report)
 
 
 @torch.no_grad()
@@ -235,6 +244,21 @@ def test_what_was_left_alone_has_the_reason_of_the_pass() -> None:
     bytes_ = torch.ones(8, 8, dtype=torch.uint8)
     ((_, reason),) = reasons(lambda a: torch.einsum("ij,jk->ik", a, a), bytes_)
     assert reason.startswith("it stays a call of torch.einsum: ")
+    whole = torch.ones(8, 8, dtype=torch.int32)
+    ((_, reason),) = reasons(lambda a: torch.einsum("ij,jk,kl->il", a, a, a), whole)
+    assert reason == "its order is torch.einsum's: its result in int32 depends on the order"
+    # Of a network that is left only the contractions are named, not the product by element or the sum.
+    ((text, _),) = reasons(lambda a, b, x: ((a @ b) * x).sum(), a, b, x)
+    assert text == "matmul"
+
+
+def test_where_no_pass_ran_that_is_said() -> None:
+    def f(x: Tensor, y: Tensor) -> Tensor:
+        x.mul_(2)
+        return torch.einsum("ij,jk->ik", x, y)
+
+    x = torch.rand(4, 4)
+    assert reasons(f, x, x[:]) == [("einsum 'ij,jk->ik'", "inputs share memory that forward writes: no pass ran")]
 
 
 def test_explain_does_not_run_the_model_and_leaves_the_cache() -> None:
@@ -266,6 +290,66 @@ def test_a_call_that_cannot_be_traced_is_explained_too() -> None:
         model(torch.rand(3))
 
 
+def test_calls_as_written_are_timed_only_where_they_take_little_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    n = 40_000  # the product of the two matrices takes 6.4 GB
+    operands = torch.rand(n, 2), torch.rand(2, n), torch.rand(n, 2)
+
+    def f(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
+        return (a @ b) @ c
+
+    def never(*_: Any) -> Any:
+        raise AssertionError("the calls as written must not run")
+
+    model = OptimizedModule(f)
+    with monkeypatch.context() as patch:
+        patch.setattr(timing, "_calls", never)
+        report = model.explain(*operands, measure=True)
+    network = network_of(report)
+    assert network.written is not None and network.written.peak_bytes > 4 * n**2 and timing.MOST_BYTES == 2**30
+    assert network.written.measured_seconds is None and network.eager_ratio is None is report.eager_ratio
+    assert network.optimized.measured_seconds is not None
+    assert network.unmeasured == "it takes 5.961 GiB of memory"
+    assert (
+        f"not timed: {network.unmeasured}" in str(report) and f"not timed: {network.unmeasured}" in report._repr_html_()
+    )
+    assert report.to_dict()["specializations"][0]["networks"][0]["unmeasured"] == network.unmeasured
+    # No limit is lower than what runs in their place.
+    monkeypatch.setattr(timing, "MOST_BYTES", 0)
+    small = network_of(
+        OptimizedModule(lambda a, b: torch.einsum("ij,jk->ik", a, b)).explain(*operands[1::-1], measure=True)
+    )
+    assert small.eager_ratio is not None and small.unmeasured == ""
+
+
+def test_what_cannot_be_timed_says_why() -> None:
+    def f(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
+        return torch.einsum("ij,jk,kl->il", a, b, c)
+
+    empty = network_of(OptimizedModule(f).explain(*[torch.empty(8, 8, device="meta")] * 3, measure=True))
+    assert empty.unmeasured == "its tensors have no data" and empty.optimized.measured_seconds is None
+    bits = network_of(OptimizedModule(f).explain(*[torch.ones(4, 4, dtype=torch.bool)] * 3, measure=True))
+    assert bits.unmeasured.startswith("it raises NotImplementedError: ") and bits.eager_ratio is None
+
+
+@pytest.mark.parametrize("follows", [False, True])
+def test_the_naive_loop_has_each_figure(follows: bool) -> None:
+    n = 64
+    report = OptimizedModule(chain).explain(*[x.requires_grad_(follows) for x in chain_operands(n)])
+    naive = network_of(report).naive
+    assert naive.bytes == 4 * (3 * n**2 + 2 * n) and naive.largest_bytes == naive.peak_bytes == 4 * n
+    assert naive.seconds > 100 * network_of(report).optimized.seconds
+    assert naive.backward_flops == 4 * naive.flops * follows
+    assert naive.backward_seconds == (pytest.approx(4 * naive.seconds) if follows else None)
+    assert naive.saved_bytes == (4 * (3 * n**2 + n) if follows else None)
+    rows = {text[:24].strip(): text[24:].split() for text in str(network_of(report)).splitlines()}
+    backward = ["FLOPs backward", "saved for backward", "predicted backward"] if follows else []
+    for name in ["scaling", "FLOPs", "bytes moved", "largest intermediate", "peak memory", "predicted time", *backward]:
+        assert len(rows[name]) in (3, 6), name  # a value for each, some with units
+    assert ("FLOPs backward" in rows) == follows
+    page = report._repr_html_()
+    assert f'<td class="n">{n_bytes(naive.bytes)}</td>' in page and "ab,bc,c-&gt;a" in page  # what is left after a step
+
+
 def test_misses_have_reasons() -> None:
     model = OptimizedModule(chain)
     assert model.explain().last_miss == ""
@@ -277,6 +361,8 @@ def test_misses_have_reasons() -> None:
     assert report.last_miss == "argument 0: f32[5, 5] here, f32[3, 3] there"
     assert [miss.module for miss in report.misses] == ["chain", "chain"]
     assert (report.cache["hits"], [entry.hits for entry in report.specializations]) == (1, [1, 0])
+    page = report._repr_html_()
+    assert 0 < page.index(f'<td class="e">{report.last_miss}') < page.index('<td class="e">first call')
 
 
 def test_generic_code_is_reported_at_its_example() -> None:
@@ -308,6 +394,92 @@ def test_einsums_whose_result_nobody_uses_are_marked() -> None:
     assert used == [False, True]
 
 
+class Counted(nn.Module):
+    """Can't be traced as a whole: it counts its calls."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = Layers()
+        self.n_calls = 0
+
+    def forward(self, x: Tensor, bias: Tensor) -> Tensor:
+        self.n_calls += 1
+        return self.layers(x, bias=bias)
+
+
+def test_a_model_that_runs_in_parts_is_explained_by_its_parts() -> None:
+    model, call = OptimizedModule(Counted(), on_untraceable="ignore"), (torch.rand(8, 64), torch.rand(64))
+    before = model.explain(*call)
+    assert before.reasons == ("forward sets self.n_calls",) and not before.specializations and not before.parts
+    model(*call)
+    report = model.explain(*call, measure=True)
+    assert report.reasons == before.reasons and report.parts == {"layers": "specialized"}
+    network = network_of(report)
+    assert [operand.name for operand in network.optimized.operands] == ["x", "layers.low", "layers.high"]
+    assert [operand.kind for operand in network.optimized.operands] == ["argument", "parameter", "parameter"]
+    assert network.where == line("ni,oi->no") and network.eager_ratio is not None
+    assert "\nruns as it is: forward sets self.n_calls\nlayers: specialized\n" in str(report)
+    page = report._repr_html_()
+    assert "Runs as it is: forward sets self.n_calls" in page and "<td>layers</td><td>specialized</td>" in page
+    assert model.module.n_calls == 1 and model.cache_info().fallbacks == 1
+    assert model.explain().reasons == report.reasons  # asked for no call, it knows of the one that ran
+
+
+def test_code_of_a_backend_is_explained_as_other_code_is() -> None:
+    x, bias = torch.rand(8, 64), torch.rand(64)
+    model = OptimizedModule(Layers(), backend="aot_eager")
+    reports = [model.explain(x, bias=bias)]
+    model(x, bias=bias)
+    reports += [model.explain(x, bias=bias), model.explain(measure=True)]
+    assert [report.specializations[0].tier for report in reports] == ["aot_eager"] * 3
+    assert [report.specializations[0].hits for report in reports] == [0, 1, 1]
+    assert reports[-1].cache["tiers"] == {"aot_eager": 1} and "runs through aot_eager;" in reports[-1]._repr_html_()
+    assert network_of(reports[0]) == network_of(reports[1]) == network_of(layers_report())
+    assert network_of(reports[-1]).eager_ratio is not None
+
+
+def test_four_threads_explain_at_once() -> None:
+    model, bias = OptimizedModule(Layers(), dynamic=False), torch.rand(64)
+    sizes, start, found = (3, 8, 20, 50), threading.Barrier(4), []
+
+    def work(number: int) -> None:
+        start.wait()
+        for n in sizes[number:] + sizes[:number]:
+            x = torch.rand(n, 64)
+            report = model.explain(x, bias=bias, measure=number == 0)
+            str(report), json.dumps(report.to_dict(), allow_nan=False)
+            model(x, bias=bias)
+            found.append((n, network_of(report).optimized.flops))
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    alone = {
+        n: network_of(OptimizedModule(Layers()).explain(torch.rand(n, 64), bias=bias)).optimized.flops for n in sizes
+    }
+    assert sorted(found) == sorted(list(alone.items()) * 4)
+    assert model.cache_info()[:2] == (16, 4)  # each explained and called by each thread, and built once
+    assert [miss.reason for miss in model.explain().misses].count("first call") == 1
+
+
+def test_a_call_that_fell_back_has_its_reason_once() -> None:
+    def f(x: Tensor) -> Tensor:
+        return x * x.sum().item()
+
+    model = OptimizedModule(f)
+    with pytest.warns(match="runs as it is"):
+        model(torch.rand(3))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        report, known = model.explain(torch.rand(3)), model.explain()
+    assert report.reasons == known.reasons and len(report.reasons) == 1
+    assert report.reasons[0].endswith(f"{__file__}:{f.__code__.co_firstlineno + 1}")
+    assert report.cache["fallbacks"] == known.cache["fallbacks"] == 1
+    assert "Runs as it is: " in report._repr_html_() and report.eager_ratio is None and report.largest_bytes == 0
+
+
 # -- measured --------------------------------------------------------------------------------------------------------
 
 
@@ -322,6 +494,67 @@ def test_measured_steps_stand_beside_the_predictions() -> None:
     assert report.eager_ratio == network.eager_ratio
     assert "measured" in str(report) and "measured" in report._repr_html_()
     assert layers_report().eager_ratio is None
+    rows = str(network).splitlines()[-len(network.optimized.steps) :]
+    for row, step in zip(rows, network.optimized.steps, strict=True):
+        assert row.endswith(f" {seconds(step.measured_seconds)}")  # type: ignore[arg-type]
+
+
+def once(call: Callable[[], Any], _: Any) -> float:
+    """In the place of what takes the time: a second for each call."""
+    call()
+    return 1.0
+
+
+def test_the_time_of_a_step_is_that_of_all_its_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(timing, "_time", once)
+    steps = network_of(layers_report(measure=True)).optimized.steps
+    assert [step.measured_seconds for step in steps] == [len(step.code) for step in steps]
+    assert sum(len(step.code) for step in steps) > len(steps)
+
+
+def test_no_more_is_alive_while_steps_are_timed_than_while_they_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    results: dict[str, list[weakref.ref[Tensor]]] = {"operate": [], "_call": []}
+    most = dict.fromkeys(results, 0)
+
+    def watched(name: str) -> Callable[..., Any]:
+        real = getattr(timing, name)
+
+        def watch(*args: Any) -> Any:
+            result = real(*args)
+            results[name].append(weakref.ref(result))
+            most[name] = max(most[name], sum(found() is not None for found in results[name]))
+            return result
+
+        return watch
+
+    def products(x: Tensor, *matrices: Tensor) -> Tensor:
+        for matrix in matrices:
+            x = torch.einsum("ij,jk->ik", x, matrix)
+        return x
+
+    for name in results:
+        monkeypatch.setattr(timing, name, watched(name))
+    monkeypatch.setattr(timing, "_time", once)
+    network = network_of(OptimizedModule(products).explain(*[torch.rand(8, 8) for _ in range(9)], measure=True))
+    assert network.eager_ratio == 1 and len(network.optimized.steps) == 8
+    assert len(results["_call"]) == 8 and len(results["operate"]) >= 16  # each is timed, and gives the next its operand
+    assert most["_call"] == 2 and most["operate"] <= 3
+
+
+def test_measuring_draws_no_random_numbers_and_is_seen_by_no_mode() -> None:
+    model = OptimizedModule(Layers())
+    model.prepare(torch.rand(8, 64), bias=torch.rand(64))
+    before = torch.get_rng_state()
+    with FlopCounterMode(display=False) as counter:
+        assert model.explain(measure=True).eager_ratio is not None
+    assert torch.equal(torch.get_rng_state(), before) and counter.get_total_flops() == 0
+
+
+def test_tensors_that_repeat_their_memory_are_timed() -> None:
+    a, b = torch.rand(64, 1).expand(64, 64), torch.empty(64, 0)
+    for operands in ((a, a, a), (a, b, b.mT)):
+        report = OptimizedModule(lambda a, b, c: torch.einsum("ij,jk,kl->il", a, b, c)).explain(*operands, measure=True)
+        assert network_of(report).optimized.measured_seconds is not None
 
 
 # -- forms -----------------------------------------------------------------------------------------------------------
@@ -365,6 +598,60 @@ def test_text_fits_a_hundred_columns(report: Report) -> None:
     assert max(map(len, text.splitlines())) <= WIDTH
     assert all(max(map(len, str(network).splitlines())) <= WIDTH for network in report.networks)
     assert "def forward" in text and "last miss: first call" in text
+
+
+def with_texts(value: Any, change: Callable[[str], str]) -> Any:
+    """A report with other texts where they are the user's, keys of mappings included."""
+    if isinstance(value, str):
+        return change(value)
+    if isinstance(value, Mapping):
+        return {change(name): with_texts(item, change) for name, item in value.items()}
+    if isinstance(value, tuple):
+        return tuple(with_texts(item, change) for item in value)
+    if not is_dataclass(value):
+        return value
+    kept = {"made_by", "optimizer", "blas", "cache"}
+    texts = {f.name: with_texts(getattr(value, f.name), change) for f in fields(value) if f.name not in kept}
+    return replace(value, **texts)  # type: ignore[type-var]
+
+
+def report_with_all() -> Report:
+    """A report that has something of each kind."""
+    (entry,) = layers_report(measure=True).specializations
+    network = replace(entry.networks[0], unmeasured="it raises", folded=1, is_used=False)
+    networks = network, replace(network, made_by="share", shared_by=("a", "b")), replace(network, made_by="distribute")
+    call, fold = network.calls[0], FoldReport(("a", "b"), 4, "a + b")
+    entry = replace(entry, reason="none", networks=networks, repeated=(call,), folds=(fold,))
+    entry = replace(entry, left=(LeftReport(call, "it stands alone"),))
+    return replace(layers_report(), specializations=(entry,), reasons=("it counts",), parts={"part": "specialized"})
+
+
+def test_all_texts_of_the_user_are_escaped_in_the_page() -> None:
+    page = read_page(write_page(with_texts(report_with_all(), lambda text: f"<b>{text}")))
+    assert "b" not in page.counts
+
+
+def test_all_texts_of_the_user_are_wrapped_or_shortened() -> None:
+    for long in ("x" * 150, "word " * 30):
+        lines = str(with_texts(report_with_all(), lambda text, long=long: f"{text} {long}")).splitlines()  # type: ignore[misc]
+        assert max(map(len, lines)) <= WIDTH
+
+
+def test_times_of_years_have_their_unit() -> None:
+    n = 10**7
+    report = OptimizedModule(lambda a, b: torch.einsum("ij,jk->ik", a, b)).explain(
+        *[torch.empty(n, n, device="meta")] * 2
+    )
+    rows = str(report).splitlines()
+    (row,) = [text for text in rows if "2.00e21" in text and "GEMM" in text]
+    assert row.endswith(" s") and len(row) <= WIDTH
+
+
+def test_a_long_name_of_a_class_is_wrapped() -> None:
+    kind = type("Long" * 40, (nn.Module,), {"forward": lambda self, x: torch.einsum("ij,jk,kl->il", x, x, x)})
+    report = OptimizedModule(kind()).explain(torch.rand(4, 4))
+    words = [text for text in str(report).splitlines() if "Long" not in text]
+    assert max(map(len, str(report).splitlines())) <= WIDTH and "Long" in str(report) and words
 
 
 def test_data_goes_through_json(report: Report) -> None:
@@ -424,6 +711,7 @@ def test_the_page_is_one_well_formed_file_without_scripts(report: Report, tmp_pa
 def test_a_notebook_gets_the_page_without_its_frame(report: Report) -> None:
     page = read_page(report._repr_html_())
     assert "html" not in page.counts and page.counts["main"] == 1
+    assert report._repr_html_().count("<summary>network 1: ") == len(report.specializations)
 
 
 def test_what_scrolls_and_what_opens_can_be_reached_by_keyboard(report: Report) -> None:
@@ -446,6 +734,7 @@ def test_a_page_of_forty_operands_draws_them_all() -> None:
     child, operands = forty_operands()
     network = network_of(OptimizedModule(child).explain(*operands))
     drawing = draw(network.optimized, max(step.flops for step in network.optimized.steps))
+    assert ".." in str(network).splitlines()[0]  # the equation is shown in short
     assert len(drawing.spots) == 79 and len(drawing.lines) == 78
     assert sorted(spot.x for spot in drawing.spots if spot.level < 0) == list(range(40))
     assert all(drawing.spots[line.start].y < drawing.spots[line.end].y for line in drawing.lines)
