@@ -86,9 +86,9 @@ def plan_by_calls(
         return first
     least = lower_plan(plan, types, strides).seconds * (_CLEARLY_FOLLOWED if followed else _CLEARLY)
     found: list[tuple[float, Plan]] = []
-    chosen = _results(plan.ssa_path, len(shapes))
+    chosen = _results(plan.ssa_path)
     for order in _best_orders(network)[:n_compared]:
-        if _results(order, len(shapes)) == chosen:
+        if _results(order) == chosen:
             continue
         try:
             other = along(network, order, "a comparison of calls", memory_limit)
@@ -129,7 +129,8 @@ def other_orders(network: WrittenNetwork, path: Path) -> list[Path]:
     """
     all_orders = len(network.types) in _COMPARED
     found = _best_orders(network) if all_orders else _ranked(network, list(_neighbours(path)))
-    return [order for order in found if order != path]
+    known = _results(path)
+    return [order for order in found if _results(order) != known]
 
 
 def _neighbours(path: Path) -> Iterator[Path]:
@@ -173,9 +174,9 @@ def _ranked(network: WrittenNetwork, orders: Sequence[Path]) -> list[Path]:
     return sorted((order for order in seconds if seconds[order] <= limit), key=seconds.__getitem__)
 
 
-def _results(order: Path, n: int) -> set[frozenset[int]]:
+def _results(order: Path) -> set[frozenset[int]]:
     """Which operands are in each result of an order: the same for orders that are one but for their numbers."""
-    below = [frozenset([leaf]) for leaf in range(n)]
+    below = [frozenset([leaf]) for leaf in range(len(order) + 1)]
     for pair in order:
         below.append(frozenset().union(*(below[number] for number in pair)))
     return set(below)
