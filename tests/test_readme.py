@@ -60,6 +60,5 @@ def test_the_report_shown_is_the_one_that_its_example_gives(tmp_path: Path) -> N
     file.write_text(block + 'print("network:")\nprint(report.networks[0])\n')
     done = subprocess.run([sys.executable, file], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
-    printed = done.stdout.split("network:\n")[-1].replace(str(file), file.name).splitlines()
-    words = [(line.split(), text.split()) for line, text in zip(shown.splitlines(), printed, strict=True)]
-    assert [line for line, _ in words] == [text for _, text in words]
+    # Word by word: a long name of the folder may wrap a line.
+    assert shown.split() == done.stdout.split("network:\n")[-1].replace(str(file), file.name).split()
