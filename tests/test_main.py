@@ -95,6 +95,7 @@ def test_shapes_larger_than_memory(capsys: pytest.CaptureFixture[str]) -> None:
         (["explain", "test_main:item", "--input", "3"], "item"),
         (["explain", "test_main:Thin", "--input", "2x65"], "65"),
         (["calibrate", "/nowhere/at/all.json"], "there is no folder"),
+        (["calibrate", "--samples", "4"], "'4' is no number of at least 5"),
     ],
 )
 def test_what_fails_is_one_line(arguments: list[str], text: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -664,6 +664,20 @@ def test_measured_steps_stand_beside_the_predictions() -> None:
         assert row.endswith(f" {seconds(step.measured_seconds)}")  # type: ignore[arg-type]
 
 
+def test_all_networks_together_take_as_long_as_each_of_them() -> None:
+    (entry,) = (report := layers_report(measure=True)).specializations
+
+    def timed(written_seconds: float, seconds: float) -> NetworkReport:
+        (network,) = entry.networks
+        assert network.written is not None
+        written = replace(network.written, measured_seconds=written_seconds)
+        return replace(network, written=written, optimized=replace(network.optimized, measured_seconds=seconds))
+
+    apart = replace(timed(8, 1), written=None)  # made by a pass: there is nothing to compare it with
+    entry = replace(entry, networks=(timed(4, 1), apart, timed(1, 1)))
+    assert replace(report, specializations=(entry,)).eager_ratio == 2.5
+
+
 def once(call: Callable[[], Any], _: Any) -> float:
     """In the place of what takes the time: a second for each call."""
     call()
@@ -791,9 +805,12 @@ def report_with_all() -> Report:
     return replace(layers_report(), specializations=(entry,), reasons=("it counts",), parts={"part": "specialized"})
 
 
-def test_all_texts_of_the_user_are_escaped_in_the_page() -> None:
+def test_all_texts_of_the_user_are_escaped_in_the_page(tmp_path: Path) -> None:
     page = read_page(write_page(with_texts(report_with_all(), lambda text: f"<b>{text}")))
     assert "b" not in page.counts
+    named = replace(report_with_all(), name="Größe")
+    named.save(tmp_path / "named.html")
+    assert "<h1>Größe</h1>" in (tmp_path / "named.html").read_text(encoding="utf-8")
 
 
 def test_all_texts_of_the_user_are_wrapped_or_shortened() -> None:
