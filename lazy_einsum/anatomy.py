@@ -13,6 +13,7 @@ from .figures import (
     at_example,
     backward_seconds,
     blas_kind,
+    eager_path,
     exact,
     naive_report,
     order_report,
@@ -154,7 +155,8 @@ class _Reader:
         if plan is not None:
             assert isinstance(plan, Plan)
             return at_example(plan)
-        return make_plan(spec, [tuple(map(int, known.shape)) for known in types], False)
+        exactly = list(map(exact, types))
+        return make_plan(spec, [known.shape for known in exactly], eager_path(spec, exactly))
 
     def _step_nodes(self, node: fx.Node, plan: Plan) -> list[str]:
         """Names of the einsums that are the steps of a plan."""

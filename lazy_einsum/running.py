@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
+import torch
+
 from .passes.lower import Lowered
-from .program import Program, Value
+from .program import ITEM, Program, Value
 from .saved import Tape, plain_argument
 from .signature import TensorType
+from .spec import EinsumSpec
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +73,11 @@ def _run_without_data(part: Part) -> Tape:
     return tape
 
 
+def _storage(value: torch.Tensor | tuple[torch.Tensor, ...]) -> torch.UntypedStorage:
+    """The memory of a value. Tensors that a call gives together (``unbind``) are views of one."""
+    return (value[0] if isinstance(value, tuple) else value).untyped_storage()
+
+
 def plain_program(program: Program) -> Program:
     """A program with plain numbers for sizes that vary."""
     calls = tuple(call._replace(args=tuple(map(plain_argument, call.args))) for call in program.calls)
@@ -81,19 +90,22 @@ def _runs_without_data(part: Part) -> Iterator[tuple[str, bool]]:
     values = _run_without_data(part).values
     for number, call in enumerate(part.lowered.program.calls, len(part.types)):
         taken = [values[argument.number] for argument in call.args if isinstance(argument, Value)]
-        memory = {value.untyped_storage()._cdata for value in taken}
-        is_view = values[number].untyped_storage()._cdata in memory and not call.target.endswith("_")
+        memory = {_storage(value)._cdata for value in taken}
+        is_in_place = call.target.endswith("_") and call.target != ITEM
+        is_view = _storage(values[number])._cdata in memory and not is_in_place
         yield call.target, is_view
 
 
 def memory_of_part(part: Part) -> tuple[int, int | None]:
     """Bytes that are alive at once at most, what enters apart, and the elements that autograd saves."""
     if part.lowered is None:
-        return 0, None
+        shapes = [tuple(known.shape) for known in part.types]
+        result = EinsumSpec.parse(part.equation, list(map(len, shapes))).output_shape(shapes)
+        return part.types[0].dtype.itemsize * math.prod(result), None
     program = part.lowered.program
     tape = _run_without_data(part)
     values, n = tape.values, len(part.types)
-    keys = [value.untyped_storage()._cdata for value in values]
+    keys = [_storage(value)._cdata for value in values]
     last: dict[int, int] = {}
     for at, call in enumerate(program.calls):
         for argument in call.args:
@@ -104,7 +116,7 @@ def memory_of_part(part: Part) -> tuple[int, int | None]:
     for at in range(len(program.calls)):
         key = keys[n + at]
         if key not in given:
-            alive[key] = values[n + at].untyped_storage().nbytes()
+            alive[key] = _storage(values[n + at]).nbytes()
         most = max(most, sum(alive.values()))
         alive = {key: size for key, size in alive.items() if last[key] > at}
     return most, tape.saved

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -33,7 +34,7 @@ MADE = Thin()
 
 
 def broken() -> nn.Module:
-    raise KeyError("no such\nmodel")
+    raise RuntimeError("no such\nmodel")
 
 
 def item() -> object:
@@ -65,6 +66,9 @@ def test_a_model_is_explained(name: str, capsys: pytest.CaptureFixture[str], mon
     monkeypatch.chdir(Path(__file__).parent)
     assert main(["explain", f"test_main:{name}", "--input", "2x64:float32"]) == 0
     printed = capsys.readouterr().out
+    assert "FLOPs backward" in printed
+    assert main(["explain", f"test_main:{name}", "--input", "2x64:float32", "--no-grad"]) == 0
+    assert "FLOPs backward" not in capsys.readouterr().out
     assert printed.startswith("Thin: 1 of at most 64") and f"{__file__}:" in printed and " a  f32[64, 64]" in printed
 
 
@@ -87,10 +91,11 @@ def test_shapes_larger_than_memory(capsys: pytest.CaptureFixture[str]) -> None:
         (["explain", "nosuchmodule:x"], "No module named 'nosuchmodule'"),
         (["explain", "test_main"], "expected package.module:name"),
         (["explain", "test_main:missing"], "has no 'missing'"),
-        (["explain", "test_main:broken"], "KeyError: 'no such"),
+        (["explain", "test_main:broken"], "RuntimeError: no such model\n"),
         (["explain", "test_main:item", "--input", "3"], "item"),
         (["explain", "test_main:Thin", "--input", "2x65"], "65"),
         (["calibrate", "/nowhere/at/all.json"], "there is no folder"),
+        (["calibrate", "--samples", "4"], "'4' is no number of at least 5"),
     ],
 )
 def test_what_fails_is_one_line(arguments: list[str], text: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -117,3 +122,19 @@ def test_progress_needs_no_tqdm(monkeypatch: pytest.MonkeyPatch, capsys: pytest.
     monkeypatch.setitem(sys.modules, "tqdm.auto", None)
     assert list(with_progress(range(3), 3, "numbers")) == [0, 1, 2]
     assert capsys.readouterr().err == ""  # no terminal, no bar
+
+
+def test_progress_is_shown_on_terminals_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: dict[str, object] = {}
+
+    def tqdm(items: object, **options: object) -> object:
+        given.update(options)
+        return items
+
+    fake = types.ModuleType("tqdm.auto")
+    fake.tqdm = tqdm  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "tqdm", types.ModuleType("tqdm"))
+    monkeypatch.setitem(sys.modules, "tqdm.auto", fake)
+    assert list(with_progress(range(3), 3, "numbers")) == [0, 1, 2]
+    # With ``None`` tqdm looks for itself whether standard error is a terminal.
+    assert given["disable"] is None and (given["total"], given["desc"]) == (3, "numbers")

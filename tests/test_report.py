@@ -26,10 +26,12 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from lazy_einsum import OptimizedModule, Report, logs, timing
-from lazy_einsum.report import FoldReport, LeftReport, NetworkReport
+from lazy_einsum.figures import blas_kind, scaling
+from lazy_einsum.report import FoldReport, LeftReport, NetworkReport, OrderReport
 from lazy_einsum.report_drawing import draw
 from lazy_einsum.report_page import write_page
 from lazy_einsum.report_text import n_bytes, seconds
+from lazy_einsum.spec import EinsumSpec
 
 WIDTH = 100
 
@@ -78,8 +80,9 @@ def network_of(report: Report) -> NetworkReport:
 
 
 def test_what_was_fused_is_named_with_the_users_lines() -> None:
-    network = network_of(layers_report())
-    assert network.is_fused
+    report = layers_report()
+    network = network_of(report)
+    assert network.is_fused and report.specializations[0].repeated == ()
     assert [call.text for call in network.calls] == ["einsum 'or,ri->oi'", "einsum 'ni,oi->no'"]
     assert [call.where for call in network.calls] == [line("or,ri->oi"), line("ni,oi->no")]
     assert network.where == line("ni,oi->no")
@@ -115,6 +118,28 @@ def test_names_of_nested_arguments_buffers_and_computed_values() -> None:
 
     first, table, _ = network_of(OptimizedModule(Buffered()).explain(torch.rand(8, 8))).optimized.operands
     assert (first.name, table.name, table.kind) == ("x", "inner.table", "buffer")
+    assert first.where == "" and table.where.startswith(__file__)
+
+
+def test_names_of_what_is_held_twice_and_of_arguments_after_a_number() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(8, 8), nn.Linear(8, 8)
+            self.second.weight = self.first.weight
+            self.register_buffer("one", torch.rand(8, 8))
+            self.register_buffer("two", self.one)
+
+        def forward(self, n: int, x: Tensor) -> Tensor:
+            return torch.einsum("ij,jk,kl->il", x, self.second.weight, self.two) * n
+
+    model = OptimizedModule(Tied())
+    for n in (2, 3, 4, 5):  # generic in the number, at last
+        report = model.explain(n, torch.rand(8, 8))
+        operands = network_of(report).optimized.operands
+        assert [operand.kind for operand in operands] == ["argument", "parameter", "buffer"]
+        assert operands[0].name == "x"
+    assert report.specializations[0].is_generic
 
 
 @torch.no_grad()
@@ -152,6 +177,107 @@ def test_as_written_is_what_eager_does() -> None:
     assert written.peak_bytes == 2 * 4 * n**2
     assert [step.kernel for step in written.steps] == ["einsum", "einsum", "matmul"]
     assert network.optimized.flops == 3 * 2 * n**2
+
+
+def test_views_are_no_steps_and_values_live_until_their_last_use() -> None:
+    n, x = 8, torch.rand(8, 64)
+
+    def f(c: Tensor, d: Tensor) -> Tensor:
+        half = c.permute(1, 0) * 0.5
+        return torch.einsum("ij,jk,kl->il", half, d, half)
+
+    written = network_of(OptimizedModule(f).explain(torch.rand(n, n), torch.rand(n, n))).written
+    assert written is not None and [step.kernel for step in written.steps] == ["mul", "einsum", "einsum"]
+    assert written.peak_bytes == 3 * 4 * n**2
+
+    def g(c: Tensor, x: Tensor) -> Tensor:
+        half = c * 0.5
+        return torch.einsum("ik,kl->il", torch.einsum("ij,jk->ik", half, half), x)
+
+    written = network_of(OptimizedModule(g).explain(torch.rand(n, n), x)).written
+    assert written is not None and written.peak_bytes == 4 * (n**2 + n * 64)
+
+
+def test_as_written_an_einsum_of_many_has_the_order_of_torch() -> None:
+    n = 64
+    operands = torch.rand(n, n).double(), torch.rand(n, n).double(), torch.rand(n).double().requires_grad_()
+    network = network_of(OptimizedModule(lambda *abc: torch.einsum("ij,jk,k->i", *abc)).explain(*operands))
+    written, optimized = network.written, network.optimized
+    assert written is not None and [step.operands for step in written.steps] == [(1, 2), (0, 3)]
+    assert written.largest_bytes == 8 * n
+    assert written.backward_flops == written.flops == optimized.backward_flops
+    assert written.backward_seconds == pytest.approx(optimized.backward_seconds)
+
+
+def test_an_einsum_that_is_left_has_its_figures() -> None:
+    def f(x: Tensor, w: Tensor) -> Tensor:
+        y = torch.einsum("ij,jk->ik", x, w)
+        w.mul_(2)
+        return y
+
+    network = network_of(OptimizedModule(f).explain(torch.rand(8, 8).requires_grad_(), torch.rand(8, 8), measure=True))
+    optimized = network.optimized
+    assert [step.kernel for step in optimized.steps] == ["einsum"] and network.optimizer == "no search"
+    assert optimized.peak_bytes == 4 * 8**2 and optimized.saved_bytes is None
+    assert optimized.measured_seconds is not None
+
+
+@torch.no_grad()
+def test_kernels_are_calls_that_do_work_and_memory_is_of_what_they_write() -> None:
+    def report(equation: str, *shapes: tuple[int, ...]) -> OrderReport:
+        child = lambda *operands: torch.einsum(equation, *operands)  # noqa: E731
+        return network_of(OptimizedModule(child).explain(*map(torch.rand, shapes), measure=True)).optimized
+
+    copied = report("jik,jkl->il", (8, 8, 8), (8, 8, 8))
+    assert [step.kernel for step in copied.steps] == ["copy, mm"]
+    assert copied.peak_bytes == 4 * (8**3 + 8**2)
+    viewed = report("ji,jk,k->i", (8, 8), (8, 8), (8,))
+    assert [step.kernel for step in viewed.steps] == ["mv", "mv"] and viewed.peak_bytes == 2 * 4 * 8
+    # Products too small for a kernel of their own are written out: ``unbind`` gives several tensors.
+    n = 20_000
+    small = report("zij,zjk->zik", (n, 2, 2), (n, 2, 2))
+    assert [step.kernel for step in small.steps] == ["2 x copy, mul, addcmul_, copy"]
+    assert any("unbind" in text for text in small.steps[0].code)
+    assert small.peak_bytes == 3 * 4 * 4 * n and small.measured_seconds is not None
+
+
+@pytest.mark.parametrize(
+    ("equation", "shapes", "kind", "n_labels"),
+    [
+        ("ij,jk->ik", [(2, 3), (3, 4)], "GEMM", 3),
+        ("ij,jk->ik", [(1, 3), (3, 4)], "GEMV", 2),
+        ("ij,j->i", [(2, 3), (3,)], "GEMV", 2),
+        ("i,i->", [(3,), (3,)], "DOT", 1),
+        ("zij,zjk->zik", [(5, 2, 3), (5, 3, 4)], "batched GEMM", 4),
+        ("zij,zjk->zik", [(1, 2, 3), (1, 3, 4)], "GEMM", 3),
+        ("zi,zi->z", [(5, 3), (5, 3)], "batched DOT", 2),
+        ("ij,ij->ij", [(2, 3), (2, 3)], "-", 2),
+        ("ij,jk->ik", [(2, 1), (1, 4)], "-", 2),
+        ("ij->i", [(2, 3)], "-", 2),
+    ],
+)
+def test_kinds_of_products(equation: str, shapes: list[tuple[int, ...]], kind: str, n_labels: int) -> None:
+    spec = EinsumSpec.parse(equation, list(map(len, shapes)))
+    assert (blas_kind(spec, shapes), scaling(spec, shapes)) == (kind, n_labels)
+
+
+def test_networks_that_a_pass_made_or_that_others_use_say_so() -> None:
+    def update(x: Tensor, w: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        return x @ (w + a @ b)
+
+    network = network_of(
+        OptimizedModule(update).explain(
+            torch.rand(8, 512), torch.rand(512, 512), torch.rand(512, 4), torch.rand(4, 512), measure=True
+        )
+    )
+    assert network.made_by == "distribute" and network.written is None and network.unmeasured == ""
+
+    def f(a: Tensor, b: Tensor, x: Tensor) -> Tensor:
+        ab = torch.einsum("ij,jk->ik", a, b)
+        return torch.einsum("ij,jk->ik", ab, x) + ab
+
+    report = OptimizedModule(f).explain(*[torch.rand(8, 8) for _ in range(3)])
+    assert [(network.made_by, network.shared_by) for network in report.networks] == [("", ()), ("", ())]
 
 
 def test_backward_is_counted_where_autograd_follows() -> None:
@@ -216,6 +342,7 @@ def test_what_is_folded() -> None:
     report = model.explain()
     assert network_of(report).folded == 1
     assert [step.kernel for step in network_of(report).optimized.steps] == ["computed once", "mm"]
+    assert [step.seconds > 0 for step in network_of(report).optimized.steps] == [False, True]
     (fold,) = report.specializations[0].folds
     assert fold.names == ("a", "b") and fold.bytes == report.fold_bytes == 64 * 64 * 4
 
@@ -322,13 +449,16 @@ def test_calls_as_written_are_timed_only_where_they_take_little_memory(monkeypat
 
 
 def test_what_cannot_be_timed_says_why() -> None:
-    def f(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
-        return torch.einsum("ij,jk,kl->il", a, b, c)
+    def f(*operands: Tensor) -> Tensor:
+        return torch.einsum("ij,jk,kl,lm,mn->in", *operands)
 
-    empty = network_of(OptimizedModule(f).explain(*[torch.empty(8, 8, device="meta")] * 3, measure=True))
+    empty = network_of(OptimizedModule(f).explain(*[torch.empty(8, 8, device="meta")] * 5, measure=True))
     assert empty.unmeasured == "its tensors have no data" and empty.optimized.measured_seconds is None
-    bits = network_of(OptimizedModule(f).explain(*[torch.ones(4, 4, dtype=torch.bool)] * 3, measure=True))
+    bits = network_of(OptimizedModule(f).explain(*[torch.ones(4, 4, dtype=torch.bool)] * 5, measure=True))
     assert bits.unmeasured.startswith("it raises NotImplementedError: ") and bits.eager_ratio is None
+    # In the order of torch.einsum.
+    assert bits.written is not None and bits.optimized.flops == bits.written.flops == 4 * 2 * 4**3
+    assert bits.optimized.peak_bytes == bits.written.peak_bytes == 3 * 4**2
 
 
 @pytest.mark.parametrize("follows", [False, True])
@@ -365,6 +495,39 @@ def test_misses_have_reasons() -> None:
     assert 0 < page.index(f'<td class="e">{report.last_miss}') < page.index('<td class="e">first call')
 
 
+def test_a_miss_is_told_from_the_nearest_entry() -> None:
+    model = OptimizedModule(lambda x, y: torch.einsum("ij,jk->ik", x, y), dynamic=False)
+    for rows, dtype in ((3, torch.float64), (4, torch.float32), (5, torch.float64)):
+        model(torch.rand(rows, 3, dtype=dtype), torch.rand(3, 3, dtype=dtype))
+    assert model.explain().last_miss == "argument 0: f64[5, 3] here, f64[3, 3] there"
+
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.two, self.n_calls = Layers(), Layers(), 0
+
+        def forward(self, x: Tensor, bias: Tensor) -> Tensor:
+            self.n_calls += 1
+            return self.two(self.one(x, bias=bias), bias=bias)
+
+    parts = OptimizedModule(Two(), on_untraceable="ignore")
+    parts(torch.rand(8, 64), torch.rand(64))
+    assert [miss.reason for miss in parts.explain().misses if miss.module == "Layers"] == ["first call"] * 2
+
+
+def test_sizes_that_generic_code_serves_are_no_reason_for_a_miss() -> None:
+    model, a, b = (
+        OptimizedModule(lambda x, a, b: torch.einsum("ni,ij,jk->nk", x, a, b)),
+        torch.rand(8, 8),
+        torch.rand(8, 2),
+    )
+    for n in (30, 40, 50):
+        model(torch.rand(n, 8), a, b)
+    with torch.no_grad():
+        model(torch.rand(60, 8), a, b)
+    assert model.explain().last_miss == "grad: False here, True there"
+
+
 def test_generic_code_is_reported_at_its_example() -> None:
     model = OptimizedModule(lambda x, a, b: torch.einsum("ni,ij,jk->nk", x, a, b))
     a, b = torch.rand(8, 8), torch.rand(8, 2)
@@ -375,6 +538,8 @@ def test_generic_code_is_reported_at_its_example() -> None:
     assert generic.is_generic
     (network,) = generic.networks
     assert network.optimized.operands[0].shape == (50, 8) and network.eager_ratio is not None
+    step = network.optimized.steps[-1]
+    assert step.shape == (50, 2) and {type(number) for number in (*step.shape, step.flops, step.bytes)} == {int}
     json.dumps(report.to_dict(), allow_nan=False)
 
 
@@ -497,6 +662,20 @@ def test_measured_steps_stand_beside_the_predictions() -> None:
     rows = str(network).splitlines()[-len(network.optimized.steps) :]
     for row, step in zip(rows, network.optimized.steps, strict=True):
         assert row.endswith(f" {seconds(step.measured_seconds)}")  # type: ignore[arg-type]
+
+
+def test_all_networks_together_take_as_long_as_each_of_them() -> None:
+    (entry,) = (report := layers_report(measure=True)).specializations
+
+    def timed(written_seconds: float, seconds: float) -> NetworkReport:
+        (network,) = entry.networks
+        assert network.written is not None
+        written = replace(network.written, measured_seconds=written_seconds)
+        return replace(network, written=written, optimized=replace(network.optimized, measured_seconds=seconds))
+
+    apart = replace(timed(8, 1), written=None)  # made by a pass: there is nothing to compare it with
+    entry = replace(entry, networks=(timed(4, 1), apart, timed(1, 1)))
+    assert replace(report, specializations=(entry,)).eager_ratio == 2.5
 
 
 def once(call: Callable[[], Any], _: Any) -> float:
@@ -626,9 +805,12 @@ def report_with_all() -> Report:
     return replace(layers_report(), specializations=(entry,), reasons=("it counts",), parts={"part": "specialized"})
 
 
-def test_all_texts_of_the_user_are_escaped_in_the_page() -> None:
+def test_all_texts_of_the_user_are_escaped_in_the_page(tmp_path: Path) -> None:
     page = read_page(write_page(with_texts(report_with_all(), lambda text: f"<b>{text}")))
     assert "b" not in page.counts
+    named = replace(report_with_all(), name="Größe")
+    named.save(tmp_path / "named.html")
+    assert "<h1>Größe</h1>" in (tmp_path / "named.html").read_text(encoding="utf-8")
 
 
 def test_all_texts_of_the_user_are_wrapped_or_shortened() -> None:
@@ -790,14 +972,17 @@ def loggers() -> Iterator[None]:
 
 
 def test_passes_plans_and_code_are_logged(caplog: pytest.LogCaptureFixture) -> None:
+    model = OptimizedModule(chain)
     with caplog.at_level(logging.DEBUG, "lazy_einsum"):
-        OptimizedModule(chain)(*chain_operands())
+        model(*chain_operands())
     texts: dict[str, list[str]] = {}
     for record in caplog.records:
         texts.setdefault(record.name.removeprefix("lazy_einsum."), []).append(record.getMessage())
     assert len(texts["passes"]) == 12 and "fuse_einsums" in " ".join(texts["passes"])
+    assert " nodes, " in texts["passes"][0] and all(" to " in text for text in texts["passes"][1:])
     assert "def forward" in texts["code"][0] and "ab,bc,cd,d->a" in texts["plans"][0]
     assert all("chain" in text and "f32[64, 64]" in text for found in texts.values() for text in found)
+    assert texts["cache"][0].endswith(f": first call; built in {model.explain().misses[0].seconds * 1e3:.1f} ms")
 
 
 def test_a_variable_turns_logs_on(loggers: None, capsys: pytest.CaptureFixture[str]) -> None:
