@@ -21,7 +21,7 @@ import threading
 import time
 import types
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -72,6 +72,27 @@ _MODULE_CALL = nn.Module._wrapped_call_impl.__code__
 _MODULE_INIT = nn.Module.__init__.__code__
 
 
+class Called(NamedTuple):
+    """A call of a Python function.
+
+    Attributes:
+        variables: the global variables of the function.
+        owner: the first argument, if it is a class, else its class.
+    """
+
+    variables: dict[str, Any]
+    owner: type
+
+    @classmethod
+    def of(cls, frame: types.FrameType) -> Called:
+        """The call that a frame has just begun. (Of whom the code of installed packages belongs to, nobody asks.)"""
+        code = frame.f_code
+        if not code.co_argcount or code.co_filename.startswith(_OTHERS):
+            return cls(frame.f_globals, type(None))
+        first = frame.f_locals.get(code.co_varnames[0])
+        return cls(frame.f_globals, first if isinstance(first, type) else type(first))
+
+
 class Watch:
     """A context in which such a call in this thread raises.
 
@@ -86,7 +107,8 @@ class Watch:
         made: called with the class of each module that is made.
 
     Attributes:
-        ran: the code of the functions that were called; ``None`` where it stayed off.
+        ran: the code of the functions that were called, each with the ``Called`` of its first call; ``None`` where it
+            stayed off.
     """
 
     def __init__(
@@ -103,11 +125,11 @@ class Watch:
         self._running = False
         self._pauses = 0
         self._made: dict[int, nn.Module] = {}
-        self.ran: set[types.CodeType] | None = None
+        self.ran: dict[types.CodeType, Called] | None = None
 
     def __enter__(self) -> None:
         self._running = sys.getprofile() is None
-        self.ran = set() if self._running else None
+        self.ran = {} if self._running else None
         self._set()
 
     def __exit__(self, *error: object) -> None:
@@ -151,8 +173,8 @@ class Watch:
                 self._tell(self._use, owner, argument.__name__)
         elif event == "call":
             code = frame.f_code
-            if self.ran is not None:
-                self.ran.add(code)
+            if self.ran is not None and code not in self.ran:
+                self.ran[code] = Called.of(frame)
             reason = _CODE.get(code) or _FILES.get(code.co_filename)
             if code is _MODULE_INIT:
                 module = frame.f_locals["self"]

@@ -6,7 +6,7 @@ import itertools
 import random
 import sys
 import types
-from collections import OrderedDict, defaultdict, deque
+from collections import ChainMap, Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -29,7 +29,7 @@ _MAX_COPIED = 10_000
 _MAX_WATCHED = 256
 
 _REFERENCES = (types.FunctionType, types.BuiltinFunctionType, type, property, staticmethod)
-_MAPPINGS = (dict, OrderedDict, defaultdict)
+_MAPPINGS = (dict, OrderedDict, defaultdict, Counter)
 _SEQUENCES = (list, tuple, deque)
 
 Note = Callable[[Path, Found, str, Reading], None]
@@ -64,6 +64,7 @@ class Outside:
         note: called with what may be read: path, what was found, the kind of question, and the reading.
 
     Attributes:
+        readers: code of which it is known what it may read.
         filled: whether ``forward`` made a cached function work (found out by ``restore``).
         additions: what ``forward`` added to dictionaries of installed packages (found out by ``restore``): caches, as
             a rule.
@@ -72,6 +73,7 @@ class Outside:
     def __init__(self, note: Note) -> None:
         self._note = note
         self._readings: list[tuple[Any, Path]] = []
+        self.readers: set[types.CodeType] = set()
         self._tensors: dict[int, tuple[torch.Tensor, Path]] | None = None
         self._variables: dict[Outer, Any] = {}
         # id -> container, copy of it, where it was found, who reads it
@@ -232,7 +234,7 @@ class _Walk:
         if not self._enters(value):
             return
         self._entered.add(id(value))
-        if kind in _SEQUENCES:
+        if kind in _SEQUENCES or (issubclass(kind, tuple) and hasattr(kind, "_fields")):
             yield path, Container(kind, len(value)), ""
             for number, item in enumerate(value):
                 yield from self._facts(item, (*path, ("item", number)), names)
@@ -257,7 +259,7 @@ class _Walk:
         wanted = names | _names_of(kind)
         if type(getattr(value, "__dict__", None)) is dict:
             yield path, Without(wanted.difference(own)), " without"
-        everything = not wanted.isdisjoint(("__dict__", "vars", "getattr", "asdict"))
+        everything = kind is ChainMap or not wanted.isdisjoint(("__dict__", "vars", "getattr", "asdict"))
         for name, item in own.items():
             if everything or name in wanted:
                 yield from self._facts(item, (*path, (where_lies(kind, name), name)), names)

@@ -79,7 +79,7 @@ from .shadow import Shadows
 from .signature import Alias, Arguments, Symbol, TensorType, contiguous_strides
 from .sizes import is_symbolic
 from .state import Path, path_name
-from .surroundings import MISSING, Cell, ContextValue, Itself, Ran, read_by_function
+from .surroundings import MISSING, Cell, ContextValue, Itself, Ran, read_by_called, read_by_function
 from .symbols import NotGenericError, Symbols, is_symbol, plain, seen
 from .where import asked_by_torch, user_line
 
@@ -239,7 +239,7 @@ class Recorder(TorchFunctionMode):
             else:
                 callee = function
                 if isinstance(function, types.FunctionType):
-                    self.shadows.outside.read(read_by_function(function))
+                    self.shadows.outside.read(read_by_function(function, self.shadows.outside.readers))
             kernels = python_kernels() if self.is_generic else nullcontext()
             answers = asked_through(self._read_attribute, self._set_attribute)
             with kernels, self._net, self, self._watch, answers:
@@ -287,6 +287,9 @@ class Recorder(TorchFunctionMode):
         self._closures.check()
         if self._depends_on_order():
             self.shadows.outside.read(settings())
+        if self._watch.ran is not None:
+            outside = self.shadows.outside
+            outside.read(read_by_called(self._watch.ran, outside.readers))
         self.shadows.settle(Ran(self._watch.ran))
         self._write_assignments()
         build = self._output(result)

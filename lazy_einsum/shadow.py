@@ -201,7 +201,7 @@ class Shadows:
         """Note what the methods of a class may read, once."""
         if kind not in self._classes:
             self._classes[kind] = class_names(kind)
-            self.outside.read(read_by_class(kind))
+            self.outside.read(read_by_class(kind, self.outside.readers))
 
     def _scripted(self, live: nn.Module, path: Path) -> nn.Module:
         """The stand-in for a TorchScript module, which is a live call."""
@@ -263,7 +263,7 @@ class Shadows:
             self.note(path, Reference(value))
             found = function_of(value)
             if found is not None:
-                self.outside.read(read_by_function(found))
+                self.outside.read(read_by_function(found, self.outside.readers))
             stand_in = value
         elif kind is weakref.ref:
             # nn.RNN holds its weights so. The stand-in's target lives as long as the shadow.

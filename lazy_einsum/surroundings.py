@@ -13,12 +13,14 @@ from __future__ import annotations
 import contextvars
 import dis
 import functools
+import gc
 import inspect
+import itertools
 import os
 import sys
 import sysconfig
 import types
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -26,10 +28,14 @@ import torch
 
 from .data import is_constant
 from .errors import UntraceableError
+from .impure import Called
 
-_SKIPPED = tuple(
-    os.path.join(os.path.abspath(path), "")
-    for path in (os.path.dirname(torch.__file__), os.path.dirname(__file__), sysconfig.get_paths()["stdlib"])
+_SKIPPED = (
+    *(
+        os.path.join(os.path.abspath(path), "")
+        for path in (os.path.dirname(torch.__file__), os.path.dirname(__file__), sysconfig.get_paths()["stdlib"])
+    ),
+    "<frozen ",
 )
 _PACKAGES = tuple(os.path.join(sysconfig.get_paths()[name], "") for name in ("purelib", "platlib"))
 # What lies in these is taken not to change.
@@ -209,6 +215,44 @@ class Reading:
     by: types.CodeType | str | None = None
 
 
+def _unwrapped(value: Any) -> Iterator[types.FunctionType]:
+    """The function inside of a value, and those that it was made of by decorators."""
+    function = function_of(value)
+    while function is not None:
+        yield function
+        function = function_of(getattr(function, "__wrapped__", None))
+
+
+def read_by_called(ran: Mapping[types.CodeType, Called], readers: set[types.CodeType]) -> Iterator[Reading]:
+    """What the user's functions that were called may read, of those that nobody has found by reading code: Python
+    calls them by itself (properties, ``__len__``), or a library does (a key for sorting, a decorated function).
+
+    Args:
+        ran: what was called.
+        readers: code of which it is known what it reads; more is added.
+    """
+    inner = {code for parent in ran for code in _inner(parent)}
+    seen = _Seen(set(), readers)
+    for code, called in ran.items():
+        if code not in readers and code not in inner and _level_of_file(code.co_filename) == USERS:
+            for function in _functions_of(code, called):
+                yield from _read_by(function, seen, set())
+
+
+def _functions_of(code: types.CodeType, called: Called) -> list[types.FunctionType]:
+    """The functions with this code that may have been called."""
+    members = [vars(base).values() for kind in (called.owner, type(called.owner)) for base in kind.__mro__]
+    places = itertools.chain((called.variables.get(code.co_name),), *members)
+    found = [function for value in places for function in _unwrapped(value) if function.__code__ is code]
+    # A function that lies nowhere one would look (a closure, in a list) is asked of the garbage collector, which looks
+    # at all objects there are: some 10 ms.
+    return found or [
+        function
+        for function in gc.get_referrers(code)
+        if isinstance(function, types.FunctionType) and function.__code__ is code
+    ]
+
+
 class Ran:
     """The code that ran during a trace.
 
@@ -230,10 +274,10 @@ class Ran:
         return reading.by in self._names or (function is not None and function.__code__ in self._codes)
 
 
-def read_by_class(kind: type) -> Iterator[Reading]:
-    """What the methods of ``kind`` may read."""
+def read_by_class(kind: type, readers: set[types.CodeType]) -> Iterator[Reading]:
+    """What the methods of ``kind`` may read; their code is added to ``readers``."""
     names: set[str] = set()
-    seen: set[tuple[int, bool]] = set()
+    seen = _Seen(set(), readers)
     for base in kind.__mro__:
         for member in vars(base).values():
             function = function_of(member)
@@ -279,9 +323,9 @@ def class_names(kind: type) -> frozenset[str]:
     )
 
 
-def read_by_function(function: types.FunctionType) -> Iterator[Reading]:
-    """What ``function`` may read."""
-    yield from _read_by(function, set(), set())
+def read_by_function(function: types.FunctionType, readers: set[types.CodeType]) -> Iterator[Reading]:
+    """What ``function`` may read; its code, and that of functions that it names, is added to ``readers``."""
+    yield from _read_by(function, _Seen(set(), readers), set())
 
 
 CACHED = type(functools.cache(lambda: None))
@@ -347,6 +391,10 @@ def _inner(code: types.CodeType) -> list[types.CodeType]:
     return [constant for constant in code.co_consts if isinstance(constant, types.CodeType)]
 
 
+_TAKE_TEXTS = frozenset({"getattr", "hasattr", "attrgetter", "methodcaller"})
+"""These look up attributes whose names are given as texts."""
+
+
 class _Scan(NamedTuple):
     """What code does with variables outside of it.
 
@@ -354,11 +402,13 @@ class _Scan(NamedTuple):
         read: global variables that it reads.
         written: global variables that it sets.
         attributes: names of attributes that it sets.
+        imported: names of Python modules that it imports.
     """
 
     read: frozenset[str]
     written: frozenset[str]
     attributes: frozenset[str]
+    imported: frozenset[str]
 
 
 @functools.lru_cache(maxsize=4096)
@@ -373,6 +423,7 @@ def _scan(code: types.CodeType) -> _Scan:
         frozenset(name for op, name in found if op in ("STORE_ATTR", "DELETE_ATTR")).union(
             *(i.attributes for i in inner)
         ),
+        frozenset(name for op, name in found if op == "IMPORT_NAME").union(*(i.imported for i in inner)),
     )
 
 
@@ -395,20 +446,22 @@ def _compares_types(code: types.CodeType) -> bool:
     return any(map(_compares_types, _inner(code)))
 
 
-def _read_by(
-    function: types.FunctionType, seen: set[tuple[int, bool]], names: set[str], cached: bool = False
-) -> Iterator[Reading]:
+def _read_by(function: types.FunctionType, seen: _Seen, names: set[str], cached: bool = False) -> Iterator[Reading]:
     """What ``function`` may read, and what it calls; where it is ``cached``, when nobody saw it."""
     level = level_of(function)
-    if (id(function), cached) in seen or not level:
+    if (id(function), cached) in seen.functions or not level:
         return
-    seen.add((id(function), cached))
+    seen.functions.add((id(function), cached))
+    seen.readers.add(function.__code__)
     if _compares_types(function.__code__):
         raise UntraceableError(
             f"{function.__qualname__} compares the type of a value with a class of tensors, and a trace runs on "
             "stand-ins of another class; use isinstance"
         )
     own = names_in(function.__code__)
+    if not own.isdisjoint(_TAKE_TEXTS):
+        texts = _names_and_texts(function.__code__) - own
+        own = own.union(*(text.split(".") for text in texts))
     names.update(own)
     scan = _scan(function.__code__)
     reader = _Reader(level, own, scan.attributes, None if cached else function.__code__)
@@ -419,11 +472,26 @@ def _read_by(
         if name in function.__globals__ or name in scan.written:
             outer = GlobalName(function.__globals__, name)
             yield from _follow(outer, outer.get(), reader, seen, names)
+    for name in sorted(scan.imported & sys.modules.keys()) if level == USERS else ():
+        outer = GlobalName(sys.modules, name)
+        yield from _follow(outer, outer.get(), reader, seen, names)
     for attribute in ("__defaults__", "__kwdefaults__"):
         defaults = getattr(function, attribute) or ()
         for key, value in defaults.items() if isinstance(defaults, dict) else enumerate(defaults):
             if not is_constant(value):
                 yield reader.reading(Attribute(function, attribute), (("item", key),), value)
+
+
+class _Seen(NamedTuple):
+    """What is known already.
+
+    Attributes:
+        functions: identities of functions, and whether a cache was around them.
+        readers: code of all functions of the trace.
+    """
+
+    functions: set[tuple[int, bool]]
+    readers: set[types.CodeType]
 
 
 class _Reader(NamedTuple):
@@ -446,9 +514,7 @@ class _Reader(NamedTuple):
         return Reading(start, steps, value, self.level, self.names, variable or start, self.code)
 
 
-def _follow(
-    start: Outer, value: Any, reader: _Reader, seen: set[tuple[int, bool]], names: set[str]
-) -> Iterator[Reading]:
+def _follow(start: Outer, value: Any, reader: _Reader, seen: _Seen, names: set[str]) -> Iterator[Reading]:
     if not isinstance(value, (types.ModuleType, type)):
         yield from _follow_value(reader.reading(start, (), value), seen, names)
         return
@@ -472,7 +538,7 @@ def _follow(
         yield reader.reading(start, (("member", name),), MISSING, Attribute(value, name))
 
 
-def _follow_value(reading: Reading, seen: set[tuple[int, bool]], names: set[str]) -> Iterator[Reading]:
+def _follow_value(reading: Reading, seen: _Seen, names: set[str]) -> Iterator[Reading]:
     function = function_of(reading.value)
     if function is None:
         yield reading
