@@ -89,8 +89,11 @@ class Called(NamedTuple):
         code = frame.f_code
         if not code.co_argcount or code.co_filename.startswith(_OTHERS):
             return cls(frame.f_globals, type(None))
-        first = frame.f_locals.get(code.co_varnames[0])
-        return cls(frame.f_globals, first if isinstance(first, type) else type(first))
+        first: Any = frame.f_locals.get(code.co_varnames[0])
+        kind: type = type(first)
+        # (Not isinstance, which may run code of the object's.)
+        owner: type = first if issubclass(kind, type) else kind
+        return cls(frame.f_globals, owner)
 
 
 class Watch:

@@ -217,8 +217,9 @@ class Reading:
 
 def _unwrapped(value: Any) -> Iterator[types.FunctionType]:
     """The function inside of a value, and those that it was made of by decorators."""
-    function = function_of(value)
-    while function is not None:
+    function, known = function_of(value), set[int]()
+    while function is not None and id(function) not in known:
+        known.add(id(function))
         yield function
         function = function_of(getattr(function, "__wrapped__", None))
 

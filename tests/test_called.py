@@ -229,6 +229,30 @@ def test_attributes_that_come_and_go() -> None:
         assert torch.equal(model(x), child(x))
 
 
+def test_functions_that_wrap_themselves_and_objects_of_a_class_of_their_own() -> None:
+    class Proxy:
+        @property
+        def __class__(self) -> type:
+            raise RuntimeError("asked for its class")
+
+        def factor(self) -> float:
+            return STATE["a"]
+
+    proxy = Proxy()
+
+    def around(x: Tensor) -> Tensor:
+        return x * proxy.factor()
+
+    around.__wrapped__ = around  # type: ignore[attr-defined]
+    called = {key.__code__: Called({"key": around}, Proxy)}
+    list(read_by_called(called, set()))
+    set_all(2.0)
+    model = OptimizedModule(lambda x: around(x), on_untraceable="ignore")
+    for value in (2.0, 5.0):
+        set_all(value)
+        assert torch.equal(model(torch.ones(3)), torch.full((3,), value))
+
+
 def test_sizes_that_vary() -> None:
     set_all(2.0)
     model = OptimizedModule(lambda x: torch.einsum("ij,kj->ik", x, x) * OBJECT.factor, on_untraceable="raise")
