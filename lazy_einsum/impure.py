@@ -137,6 +137,8 @@ class Watch:
 
     def __exit__(self, *error: object) -> None:
         if self._running:
+            if sys.getprofile() != self._see:
+                self.ran = None  # somebody else has come in between
             sys.setprofile(None)
         self._running = False
         self._made.clear()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import random
 import sys
@@ -263,6 +264,12 @@ class _Walk:
         for name, item in own.items():
             if everything or name in wanted:
                 yield from self._facts(item, (*path, (where_lies(kind, name), name)), names)
+        if level_of_class(kind) == USERS:
+            everywhere = {name for base in kind.__mro__ if level_of_class(base) == USERS for name in vars(base)}
+            for name in sorted(everywhere if everything else everywhere & wanted):
+                item = inspect.getattr_static(kind, name)
+                if name not in own and not name.startswith("__") and not hasattr(type(item), "__get__"):
+                    yield from self._facts(item, (*path, ("member", name)), names)
 
     def tensors(self, value: Any, path: Path) -> Iterator[tuple[Path, torch.Tensor]]:
         """All tensors and where they lie; of what can be reached in several ways, one."""

@@ -264,6 +264,10 @@ class Ran:
     def __init__(self, codes: Collection[types.CodeType] | None) -> None:
         self._codes = codes
         self._names = frozenset().union(*map(_names_and_texts, codes or ()))
+        # Code that looks up attributes by names that it is given may look up any.
+        self._any = any(
+            not _TAKE_TEXTS.isdisjoint(code.co_names) and _level_of_file(code.co_filename) for code in codes or ()
+        )
 
     def has_read(self, reading: Reading) -> bool:
         """Whether code that ran may have read this."""
@@ -272,7 +276,8 @@ class Ran:
         if isinstance(reading.by, types.CodeType):
             return reading.by in self._codes
         function = function_of(reading.value)
-        return reading.by in self._names or (function is not None and function.__code__ in self._codes)
+        ran = self._any if function is None else function.__code__ in self._codes
+        return ran or reading.by in self._names
 
 
 def read_by_class(kind: type, readers: set[types.CodeType]) -> Iterator[Reading]:
@@ -319,6 +324,8 @@ def class_names(kind: type) -> frozenset[str]:
         if level_of_class(base) == USERS:
             # Other classes may call them.
             names.update(name for name, member in vars(base).items() if function_of(member) is not None)
+    if not _TAKE_TEXTS.isdisjoint(names):
+        names.update(name for base in kind.__mro__ if level_of_class(base) == USERS for name in vars(base))
     return frozenset(
         name for name in names if not name.startswith("__") and any(name in vars(base) for base in kind.__mro__)
     )
@@ -392,7 +399,7 @@ def _inner(code: types.CodeType) -> list[types.CodeType]:
     return [constant for constant in code.co_consts if isinstance(constant, types.CodeType)]
 
 
-_TAKE_TEXTS = frozenset({"getattr", "hasattr", "attrgetter", "methodcaller"})
+_TAKE_TEXTS = frozenset({"getattr", "hasattr", "attrgetter", "methodcaller", "vars", "__dict__", "__getattribute__"})
 """These look up attributes whose names are given as texts."""
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import cProfile
 import dataclasses
 import functools
 import operator
@@ -227,6 +228,80 @@ def test_attributes_that_come_and_go() -> None:
     ):
         change()
         assert torch.equal(model(x), child(x))
+
+
+NAME = "scale"
+
+
+class Named(torch.nn.Module):
+    """Looks a class attribute up by a name that it is given."""
+
+    names = ("scale",)
+    scale = 2.0
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how = how
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.how == "global":
+            return x * getattr(self, NAME)
+        if self.how == "computed":
+            return x * getattr(self, "".join(["sc", "ale"]))
+        for name in self.names if self.how == "class" else ("scale",):
+            x = x * getattr(self, name)
+        return x
+
+
+class NamedAndSpelt(Named):
+    def other(self) -> float:
+        return self.scale
+
+
+class Plain:
+    names = ("scale",)
+    scale = 2.0
+
+    def use(self, x: Tensor) -> Tensor:
+        for name in self.names:
+            x = x * getattr(self, name)
+        return x
+
+
+PLAIN = Plain()
+
+
+def helper(x: Tensor) -> Tensor:
+    return x * Plain.scale
+
+
+def profiled(x: Tensor) -> Tensor:
+    profile = cProfile.Profile()
+    profile.enable()
+    result = helper(x)
+    profile.disable()
+    return result
+
+
+@pytest.mark.parametrize("how", ["global", "computed", "class", "tuple"])
+@pytest.mark.parametrize("kind", [Named, NamedAndSpelt])
+def test_class_attributes_by_names_that_are_given(kind: type[Named], how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    child = kind(how)
+    model = OptimizedModule(child, on_untraceable="raise")
+    x = torch.ones(3)
+    for value in (2.0, 3.0, 2.0):
+        monkeypatch.setattr(Named, "scale", value)
+        assert torch.equal(model(x), x * value)
+    assert model.cache_info().misses == 2
+
+
+@pytest.mark.parametrize("child", [lambda x: x * PLAIN.scale, lambda x: PLAIN.use(x), helper, profiled])
+def test_class_attributes_of_plain_objects(child: Callable[[Tensor], Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
+    model = OptimizedModule(child, on_untraceable="ignore")
+    x = torch.ones(3)
+    for value in (2.0, 3.0, 2.0):
+        monkeypatch.setattr(Plain, "scale", value)
+        assert torch.equal(model(x), x * value)
 
 
 def test_functions_that_wrap_themselves_and_objects_of_a_class_of_their_own() -> None:
