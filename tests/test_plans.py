@@ -12,6 +12,7 @@ import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +37,9 @@ from lazy_einsum import (
     plan_file,
     stopwatch,
 )
+from lazy_einsum.choice import _question
 from lazy_einsum.labelsets import SavedLimit
-from lazy_einsum.orders import other_orders, plan_by_calls
+from lazy_einsum.orders import _neighbours, along, other_orders, plan_by_calls
 from lazy_einsum.plan import make_plan, positions
 from lazy_einsum.program import Program
 from lazy_einsum.saved import Written, WrittenNetwork
@@ -51,6 +53,7 @@ CHAIN = "ab,bc,cd,de->ae", ((20, 300), (300, 40), (40, 200), (200, 5))
 EVEN = "ab,bc,cd,de->ae", ((30, 31), (31, 29), (29, 33), (33, 28))
 RING = "ab,bc,cd,da->", ((7, 8), (8, 9), (9, 6), (6, 7))
 GRADIENTS = "abc,bde,ce->acd", ((3, 3, 400), (3, 35, 35), (400, 35))
+LONE = "abz,bc,cd->ad", ((20, 30, 5), (30, 25), (25, 40))  # what is saved of the first operand is a sum
 EIGHT = "ab,bc,cd,de,ef,fg,gh,hi->ai", ((3, 9), (9, 4), (4, 8), (8, 5), (5, 9), (9, 3), (3, 6), (6, 4))
 
 
@@ -113,7 +116,7 @@ def backwards(place: int, program: Program) -> float:
 
 @pytest.mark.parametrize("grad", [False, True])
 @pytest.mark.parametrize("optimize", ["auto", "greedy", "measure"])
-@pytest.mark.parametrize("network", [CHAIN, RING, GRADIENTS, EIGHT])
+@pytest.mark.parametrize("network", [CHAIN, RING, GRADIENTS, EIGHT, LONE])
 def test_what_was_saved_is_not_searched_again(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, network: Any, optimize: str, grad: bool
 ) -> None:
@@ -223,9 +226,51 @@ def test_what_others_wrote_counts(tmp_path: Path) -> None:
     found = [set(OptimizedModule(function).prepare(*operands).orders) for function in (one, two)]
     chosen = [{question for question in questions if question.calls} for questions in found]
     assert all(chosen) and not chosen[0] & chosen[1]
+    plain = network_of("ab,bc,cd->ad", operands)
+    outer, inner = (
+        Written.plain(EinsumSpec(terms, output)) for terms, output in ((("ac", "cd"), "ad"), (("ab", "bc"), "ac"))
+    )
+    nested = plain._replace(written=outer.inline(0, inner))
+    first, second = (_question(network, 1.1, None, None, False) for network in (plain, nested))
+    assert first.calls and second.calls and first != second
+    assert first._replace(calls=second.calls) == second
+    assert second.calls.written == (("ab,bc->ac", (None, None)), ("ac,cd->ad", (0, None)))
     x, y, _ = operands
     (twice,) = [q for q in OptimizedModule(lambda x, y: one(x, y, y.mT)).prepare(x, y).orders if q.calls]
     assert twice.calls.memory == (0, 1, 1)
+
+
+def test_each_search_has_a_question_of_its_own() -> None:
+    spec = EinsumSpec(("ab", "bc", "cd", "de"), "ae")
+    shapes = ((7, 6), (6, 9), (9, 8), (8, 4))
+    limit = SavedLimit((True, False, True, False), (42, 54, 72, 32), ((0,), 1, 2, 3), 300.0)
+    options: list[dict[str, Any]] = [
+        {},
+        {"optimize": "greedy"},
+        {"optimize": False},
+        {"memory_limit": 100},
+        {"memory_limit": "max_input"},
+        {"generic": True},
+        {"follows": (True, False, True, False)},
+        {"follows": (True, True, True, True)},
+        {"follows": (True, False, True, False), "saved_limit": limit},
+        {"follows": (True, False, True, False), "saved_limit": replace(limit, elements=301.0)},
+        {"frozen": (True, True, False, False)},
+    ]
+    found = []
+    with known.noting() as noted:
+        for option in options:
+            found.append(make_plan(spec, shapes, **option))
+            make_plan(spec, shapes, **option)
+    assert len(noted) == len(options)
+    forget()
+    plan.learn(noted)
+    assert [make_plan(spec, shapes, **option) for option in options] == found
+    for question in noted:  # what is loaded counts, not what was found before
+        plan.learn({question: known.Answer(((2, 3), (1, 4), (0, 5)), "another taste")})
+    for option in options:
+        if "memory_limit" not in option:
+            assert make_plan(spec, shapes, **option).optimizer == "another taste"
 
 
 def test_another_process_starts_warm(tmp_path: Path) -> None:
@@ -632,6 +677,16 @@ def test_limits_hold(monkeypatch: pytest.MonkeyPatch) -> None:
     model = OptimizedModule(contract, optimize="measure", memory_limit=8 * 4000)
     (chosen,) = model.prepare(CHAIN[0], *operands).plans
     assert max(step.size for step in chosen.steps[:-1]) <= 4000
+    forget()
+    network = network_of(EIGHT[0], operands := inputs(EIGHT[1]))
+    first = plan_by_calls(network, None)[0]
+    sizes = [
+        max(step.size for step in along(network, order, "", None).steps[:-1])
+        for order in other_orders(network, first.ssa_path)
+    ]
+    most = max(step.size for step in first.steps[:-1])
+    assert max(sizes[:5]) > most
+    OptimizedModule(contract, optimize="measure", memory_limit=8 * most).prepare(EIGHT[0], *operands)
 
 
 @pytest.mark.parametrize("n", [3, 4, 7, 12])
@@ -641,6 +696,7 @@ def test_neighbours_are_orders(n: int) -> None:
     start = plan_by_calls(network, None)[0].ssa_path
     found = other_orders(network, start)
     assert start not in found and len(set(found)) == len(found)
+    assert len(set(_neighbours(start))) == 2 * (n - 2)  # two for each value that is consumed
     for order in found:
         assert plan_file._is_path([list(step) for step in order], n)
         assert make_plan(spec, shapes, positions(order, n)).ssa_path == order
