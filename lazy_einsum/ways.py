@@ -181,7 +181,7 @@ def ways(context: Context, a: Layout, b: Layout, output: str, hint: str, ahead: 
                     for column in _distinct(memory_order(n, sy), _by_hint(n, hint)):
                         way = _product_way(context, swap, x, y, sx, sy, "", "", column, along, as_row=True)
                         yield way
-                        if narrow and _is_turned(way, sizes):
+                        if narrow and _is_turned(way):
                             yield _product_way(context, swap, x, y, sx, sy, "", "", column, along, batched=True)
             continue
         row_orders = _distinct(memory_order(m, sx), _by_hint(m, hint))
@@ -195,7 +195,7 @@ def ways(context: Context, a: Layout, b: Layout, output: str, hint: str, ahead: 
                         if narrow and any(way.flips):
                             # A copy that is faster the other way round may give slower gradients.
                             yield _product_way(context, swap, x, y, sx, sy, order, row, column, along, straight=True)
-                        if narrow and not order and _is_turned(way, sizes):
+                        if narrow and not order and _is_turned(way):
                             yield _product_way(context, swap, x, y, sx, sy, "", row, column, along, batched=True)
                         if not order and 1 < sizes[row] < THIN and sx[along[-1]] != 1:
                             yield _product_way(context, swap, x, y, sx, sy, "", row, column, along, copy_first=True)
@@ -287,7 +287,7 @@ def _product_way(
     return Way("product", swap, first, second, loop, result, seconds, strides, calls, flips, copies)
 
 
-def _is_turned(way: Way, sizes: Sizes) -> bool:
+def _is_turned(way: Way) -> bool:
     """Whether a matrix of a product lies column by column. Its gradient then comes so too, by a product whose rows may
     be short; that of a batch of one matrix does not. (26,312 by 3, times a vector: 82 us, 15 as a batch.)
     """

@@ -30,12 +30,13 @@ def split_slices() -> Callable[[fx.Graph], fx.Graph]:
         getitem_1 = split[1]
 
     The gradient of each slice is a tensor as large as ``x``, filled with zeros, and all of them are added up; that of a
-    split is written once. (A training step of e3nn's convolution, which takes 11 slices of its weights: 24.8 ms, 32 of
-    39 of them for gradients of slices where each was measured.)
+    split is written once. (A training step of e3nn's convolution, which takes 11 slices of its weights: 20.7 ms, and
+    11.8 with splits.)
 
     The pieces are views of ``x`` as the slices were. But views that come several at once may not be written, so slices
     stay where one, or a view of one, leaves the graph, is written, or is given to what may do anything with it, and
-    where ``x`` is written. So do slices that overlap, and those along a dimension whose size is not known.
+    where ``x`` is written. So do those along a dimension whose size is not known. Slices that overlap come of several
+    splits.
 
     Requires: facts; graphs without are left as they are.
     Ensures: every value is what it was, and lies as it did.
