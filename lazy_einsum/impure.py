@@ -76,24 +76,28 @@ class Called(NamedTuple):
     """A call of a Python function.
 
     Attributes:
-        variables: the global variables of the function.
-        owner: the first argument, if it is a class, else its class.
+        code: of the function.
+        variables: its global variables.
+        free: identities of what its variables of enclosing functions hold, 0 of those that hold nothing.
+        owner: its first argument, if that is a class, else the class of that.
     """
 
+    code: types.CodeType
     variables: dict[str, Any]
+    free: tuple[int, ...]
     owner: type
 
     @classmethod
     def of(cls, frame: types.FrameType) -> Called:
-        """The call that a frame has just begun. (Of whom the code of installed packages belongs to, nobody asks.)"""
+        """The call that a frame has just begun."""
         code = frame.f_code
-        if not code.co_argcount or code.co_filename.startswith(_OTHERS):
-            return cls(frame.f_globals, type(None))
-        first: Any = frame.f_locals.get(code.co_varnames[0])
+        values = frame.f_locals if code.co_argcount or code.co_freevars else {}
+        first: Any = values.get(code.co_varnames[0]) if code.co_argcount else None
         kind: type = type(first)
         # (Not isinstance, which may run code of the object's.)
         owner: type = first if issubclass(kind, type) else kind
-        return cls(frame.f_globals, owner)
+        free = tuple(id(values[name]) if name in values else 0 for name in code.co_freevars)
+        return cls(code, frame.f_globals, free, owner)
 
 
 class Watch:
@@ -110,8 +114,8 @@ class Watch:
         made: called with the class of each module that is made.
 
     Attributes:
-        ran: the code of the functions that were called, each with the ``Called`` of its first call; ``None`` where it
-            stayed off.
+        ran: the code of the functions that were called, and of those that are not of installed packages a call of each
+            function, by its variables; ``None`` where it stayed off.
     """
 
     def __init__(
@@ -128,7 +132,7 @@ class Watch:
         self._running = False
         self._pauses = 0
         self._made: dict[int, nn.Module] = {}
-        self.ran: dict[types.CodeType, Called] | None = None
+        self.ran: dict[types.CodeType, dict[tuple[int, ...], Called]] | None = None
 
     def __enter__(self) -> None:
         self._running = sys.getprofile() is None
@@ -173,13 +177,15 @@ class Watch:
         reason = None
         if event == "c_call":
             reason = _reason(argument)
+            if argument is sys.setprofile and frame.f_code.co_filename != __file__:
+                reason = "sets a profiler"
             owner = getattr(argument, "__self__", None)
             if type(owner) is contextvars.ContextVar and not _is_internal(frame):
                 self._tell(self._use, owner, argument.__name__)
         elif event == "call":
             code = frame.f_code
-            if self.ran is not None and code not in self.ran:
-                self.ran[code] = Called.of(frame)
+            if self.ran is not None:
+                _note(self.ran, frame)
             reason = _CODE.get(code) or _FILES.get(code.co_filename)
             if code is _MODULE_INIT:
                 module = frame.f_locals["self"]
@@ -192,6 +198,22 @@ class Watch:
             caller = frame if event == "c_call" else frame.f_back
             if not _is_internal(caller) and not _is_collecting(caller):
                 raise self._refuse(f"forward {reason}")
+
+
+def _note(ran: dict[types.CodeType, dict[tuple[int, ...], Called]], frame: types.FrameType) -> None:
+    """Note the call that a frame has just begun."""
+    code = frame.f_code
+    calls = ran.get(code)
+    if calls is None:
+        calls = ran[code] = {}
+        if code.co_filename.startswith(_OTHERS):
+            return
+    elif not calls:
+        return
+    if not code.co_freevars and (id(frame.f_globals),) in calls:
+        return
+    call = Called.of(frame)
+    calls.setdefault((id(call.variables), *call.free), call)
 
 
 def _is_collecting(frame: types.FrameType | None) -> bool:

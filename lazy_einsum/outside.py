@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import itertools
+import operator
 import random
 import sys
 import types
@@ -29,7 +30,8 @@ _MAX_WALKED = 100_000
 _MAX_COPIED = 10_000
 _MAX_WATCHED = 256
 
-_REFERENCES = (types.FunctionType, types.BuiltinFunctionType, type, property, staticmethod)
+_GETTERS = (operator.attrgetter, operator.methodcaller)
+_REFERENCES = (types.FunctionType, types.BuiltinFunctionType, type, property, staticmethod, *_GETTERS)
 _MAPPINGS = (dict, OrderedDict, defaultdict, Counter)
 _SEQUENCES = (list, tuple, deque)
 
@@ -65,7 +67,8 @@ class Outside:
         note: called with what may be read: path, what was found, the kind of question, and the reading.
 
     Attributes:
-        readers: code of which it is known what it may read.
+        readers: functions of which it is known what they may read.
+        by_given_names: whether something was found that looks attributes up by names that it holds.
         filled: whether ``forward`` made a cached function work (found out by ``restore``).
         additions: what ``forward`` added to dictionaries of installed packages (found out by ``restore``): caches, as
             a rule.
@@ -74,7 +77,8 @@ class Outside:
     def __init__(self, note: Note) -> None:
         self._note = note
         self._readings: list[tuple[Any, Path]] = []
-        self.readers: set[types.CodeType] = set()
+        self.readers: set[types.FunctionType] = set()
+        self.by_given_names = False
         self._tensors: dict[int, tuple[torch.Tensor, Path]] | None = None
         self._variables: dict[Outer, Any] = {}
         # id -> container, copy of it, where it was found, who reads it
@@ -101,10 +105,15 @@ class Outside:
             self._watch(reading.value, str(reading.variable), reading.level)
             self._readings.append((reading.value, path))
             self._tensors = None
+            self.by_given_names |= isinstance(reading.value, _GETTERS)
             if reading.level == USERS or is_constant(reading.value):
-                found = _Walk(4 * MAX_ITEMS).facts(reading.value, path, reading.names)
-                for item in found if sum(isinstance(fact, Constant) for _, fact, _ in found) <= MAX_ITEMS else ():
-                    self._note(*item, reading)
+                # Where attributes of classes are too much, those of the objects are still taken.
+                for of_classes in (True, False):
+                    found = _Walk(4 * MAX_ITEMS, of_classes).facts(reading.value, path, reading.names)
+                    if found and sum(isinstance(fact, Constant) for _, fact, _ in found) <= MAX_ITEMS:
+                        for item in found:
+                            self._note(*item, reading)
+                        break
 
     def knows(self, variable: Outer) -> bool:
         """Whether code may read ``variable``, which is there at all calls."""
@@ -153,6 +162,7 @@ class Outside:
         self._variables.clear()
         self._watched.clear()
         self._caches.clear()
+        self.readers.clear()
         self.additions = []
 
     def _watch(self, value: Any, name: str, level: int) -> None:
@@ -205,10 +215,12 @@ class _Walk:
 
     Args:
         most: bound on the values looked at.
+        of_classes: whether attributes that objects have of the user's classes are among them.
     """
 
-    def __init__(self, most: int) -> None:
+    def __init__(self, most: int, of_classes: bool = False) -> None:
         self._left = most
+        self._of_classes = of_classes
         self._entered: set[int] = set()
 
     def _enters(self, value: Any) -> bool:
@@ -264,7 +276,7 @@ class _Walk:
         for name, item in own.items():
             if everything or name in wanted:
                 yield from self._facts(item, (*path, (where_lies(kind, name), name)), names)
-        if level_of_class(kind) == USERS:
+        if self._of_classes and level_of_class(kind) == USERS:
             everywhere = {name for base in kind.__mro__ if level_of_class(base) == USERS for name in vars(base)}
             for name in sorted(everywhere if everything else everywhere & wanted):
                 item = inspect.getattr_static(kind, name)

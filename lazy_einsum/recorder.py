@@ -287,10 +287,9 @@ class Recorder(TorchFunctionMode):
         self._closures.check()
         if self._depends_on_order():
             self.shadows.outside.read(settings())
-        if self._watch.ran is not None:
-            outside = self.shadows.outside
-            outside.read(read_by_called(self._watch.ran, outside.readers))
-        self.shadows.settle(Ran(self._watch.ran))
+        outside = self.shadows.outside
+        outside.read(read_by_called(self._watch.ran or {}, outside.readers))
+        self.shadows.settle(Ran(self._watch.ran, outside.by_given_names))
         self._write_assignments()
         build = self._output(result)
         written = {number for node in self.graph.nodes if (known := facts(node)) for number in known.writes}

@@ -224,34 +224,46 @@ def _unwrapped(value: Any) -> Iterator[types.FunctionType]:
         function = function_of(getattr(function, "__wrapped__", None))
 
 
-def read_by_called(ran: Mapping[types.CodeType, Called], readers: set[types.CodeType]) -> Iterator[Reading]:
+def read_by_called(
+    ran: Mapping[types.CodeType, Mapping[tuple[int, ...], Called]], readers: set[types.FunctionType]
+) -> Iterator[Reading]:
     """What the user's functions that were called may read, of those that nobody has found by reading code: Python
     calls them by itself (properties, ``__len__``), or a library does (a key for sorting, a decorated function).
 
     Args:
         ran: what was called.
-        readers: code of which it is known what it reads; more is added.
+        readers: functions of which it is known what they read; more are added.
     """
     inner = {code for parent in ran for code in _inner(parent)}
+    known = {(function.__code__, id(function.__globals__), *_free(function)) for function in readers}
     seen = _Seen(set(), readers)
-    for code, called in ran.items():
-        if code not in readers and code not in inner and _level_of_file(code.co_filename) == USERS:
-            for function in _functions_of(code, called):
-                yield from _read_by(function, seen, set())
+    for code, calls in ran.items():
+        if code not in inner and _level_of_file(code.co_filename) == USERS:
+            for key, called in calls.items():
+                for function in _functions_of(called) if (code, *key) not in known else ():
+                    yield from _read_by(function, seen, set())
 
 
-def _functions_of(code: types.CodeType, called: Called) -> list[types.FunctionType]:
-    """The functions with this code that may have been called."""
+def _free(function: types.FunctionType) -> tuple[int, ...]:
+    """See ``Called.free``."""
+    found = (Cell(cell, "").get() for cell in function.__closure__ or ())
+    return tuple(0 if value is MISSING else id(value) for value in found)
+
+
+def _functions_of(called: Called) -> list[types.FunctionType]:
+    """The functions that may have been called."""
+    code = called.code
+
+    def fits(function: types.FunctionType) -> bool:
+        same = function.__code__ == code and function.__globals__ is called.variables
+        return same and _free(function) == called.free
+
     members = [vars(base).values() for kind in (called.owner, type(called.owner)) for base in kind.__mro__]
     places = itertools.chain((called.variables.get(code.co_name),), *members)
-    found = [function for value in places for function in _unwrapped(value) if function.__code__ is code]
+    found = [function for value in places for function in _unwrapped(value) if fits(function)]
     # A function that lies nowhere one would look (a closure, in a list) is asked of the garbage collector, which looks
-    # at all objects there are: some 10 ms.
-    return found or [
-        function
-        for function in gc.get_referrers(code)
-        if isinstance(function, types.FunctionType) and function.__code__ is code
-    ]
+    # at all objects there are: some 100 ms.
+    return found or [one for one in gc.get_referrers(code) if isinstance(one, types.FunctionType) and fits(one)]
 
 
 class Ran:
@@ -259,13 +271,14 @@ class Ran:
 
     Args:
         codes: of all Python functions that were called; ``None``: nobody watched.
+        by_given_names: whether something else looks attributes up by names that it holds.
     """
 
-    def __init__(self, codes: Collection[types.CodeType] | None) -> None:
+    def __init__(self, codes: Collection[types.CodeType] | None, by_given_names: bool) -> None:
         self._codes = codes
         self._names = frozenset().union(*map(_names_and_texts, codes or ()))
         # Code that looks up attributes by names that it is given may look up any.
-        self._any = any(
+        self._any = by_given_names or any(
             not _TAKE_TEXTS.isdisjoint(code.co_names) and _level_of_file(code.co_filename) for code in codes or ()
         )
 
@@ -280,8 +293,8 @@ class Ran:
         return ran or reading.by in self._names
 
 
-def read_by_class(kind: type, readers: set[types.CodeType]) -> Iterator[Reading]:
-    """What the methods of ``kind`` may read; their code is added to ``readers``."""
+def read_by_class(kind: type, readers: set[types.FunctionType]) -> Iterator[Reading]:
+    """What the methods of ``kind`` may read; they are added to ``readers``."""
     names: set[str] = set()
     seen = _Seen(set(), readers)
     for base in kind.__mro__:
@@ -331,8 +344,8 @@ def class_names(kind: type) -> frozenset[str]:
     )
 
 
-def read_by_function(function: types.FunctionType, readers: set[types.CodeType]) -> Iterator[Reading]:
-    """What ``function`` may read; its code, and that of functions that it names, is added to ``readers``."""
+def read_by_function(function: types.FunctionType, readers: set[types.FunctionType]) -> Iterator[Reading]:
+    """What ``function`` may read; it, and functions that it names, are added to ``readers``."""
     yield from _read_by(function, _Seen(set(), readers), set())
 
 
@@ -460,7 +473,7 @@ def _read_by(function: types.FunctionType, seen: _Seen, names: set[str], cached:
     if (id(function), cached) in seen.functions or not level:
         return
     seen.functions.add((id(function), cached))
-    seen.readers.add(function.__code__)
+    seen.readers.add(function)
     if _compares_types(function.__code__):
         raise UntraceableError(
             f"{function.__qualname__} compares the type of a value with a class of tensors, and a trace runs on "
@@ -495,11 +508,11 @@ class _Seen(NamedTuple):
 
     Attributes:
         functions: identities of functions, and whether a cache was around them.
-        readers: code of all functions of the trace.
+        readers: all functions of the trace.
     """
 
     functions: set[tuple[int, bool]]
-    readers: set[types.CodeType]
+    readers: set[types.FunctionType]
 
 
 class _Reader(NamedTuple):

@@ -18,7 +18,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lazy_einsum import OptimizedModule
+from lazy_einsum import OptimizedModule, UntraceableError
 from lazy_einsum.impure import Called
 from lazy_einsum.surroundings import read_by_called
 
@@ -319,8 +319,8 @@ def test_functions_that_wrap_themselves_and_objects_of_a_class_of_their_own() ->
         return x * proxy.factor()
 
     around.__wrapped__ = around  # type: ignore[attr-defined]
-    called = {key.__code__: Called({"key": around}, Proxy)}
-    list(read_by_called(called, set()))
+    called = Called(key.__code__, {"key": around}, (), Proxy)
+    assert not list(read_by_called({key.__code__: {(): called}}, set()))
     set_all(2.0)
     model = OptimizedModule(lambda x: around(x), on_untraceable="ignore")
     for value in (2.0, 5.0):
@@ -352,7 +352,100 @@ def test_only_functions_that_nobody_found_are_looked_for(monkeypatch: pytest.Mon
     # One that reads nothing.
     OptimizedModule(lambda x: x + 1)(torch.ones(3))
     assert not asked
-    called = {times.__code__: Called(globals(), type(None))}
+    called = {times.__code__: {(id(globals()),): Called(times.__code__, globals(), (), type(None))}}
     assert [str(reading.variable) for reading in read_by_called(called, set())] == [f"{__name__}.STATE"]
-    assert not list(read_by_called(called, {times.__code__}))
+    assert not list(read_by_called(called, {times}))
     assert not asked
+
+
+def _reader(get: Callable[[], float]) -> Callable[[Tensor], Tensor]:
+    return lambda x: x * get()
+
+
+class Holder:
+    """Gives a function that is named nowhere."""
+
+    @property
+    def function(self) -> Callable[[Tensor], Tensor]:
+        return HELD[0]
+
+
+HELD: list[Callable[[Tensor], Tensor]] = []
+HOLDER = Holder()
+FIRST = _reader(lambda: 1.0)
+COMPILED = compile("def read(x):\n    return x * factor", "<text>", "exec")
+
+
+@pytest.mark.parametrize("child", [lambda x: FIRST(x) + HOLDER.function(x), lambda x: FIRST(x) + HELD[0](x)])
+def test_functions_of_one_code_are_told_apart(child: Callable[[Tensor], Tensor]) -> None:
+    """By their enclosing variables, and by their global ones; of the first one it is known what it reads."""
+    x = torch.ones(3)
+    numbers = [1.0]
+    HELD[:] = [_reader(lambda: numbers[0])]
+    model = OptimizedModule(child, on_untraceable="raise")
+    for value in (2.0, 2.0, 5.0):
+        numbers[0] = value
+        assert torch.equal(model(x), child(x))
+    assert model.cache_info().misses == 2
+
+    scopes: list[dict[str, Any]] = [{"factor": 1.0}, {"factor": 1.0}]
+    for scope in scopes:
+        exec(COMPILED, scope)
+    first = scopes[0]["read"]
+    HELD[:] = [scopes[1]["read"]]
+    model = OptimizedModule(lambda x: first(x) + HOLDER.function(x), on_untraceable="raise")
+    for value in (2.0, 5.0):
+        scopes[1]["factor"] = value
+        assert torch.equal(model(x), x + x * value)
+
+
+class Wide:
+    """With its class it has more attributes than are taken to be settings."""
+
+
+for number in range(40):
+    setattr(Wide, f"c{number}", float(number))
+WIDE = Wide()
+for number in range(40):
+    setattr(WIDE, f"a{number}", float(number))
+
+
+def test_attributes_of_an_object_are_taken_where_those_of_its_class_are_too_many() -> None:
+    model = OptimizedModule(lambda x: x * sum(getattr(WIDE, f"a{number}") for number in range(40)))
+    x = torch.ones(3)
+    for value in (3.0, 100.0):
+        WIDE.a3 = value  # type: ignore[attr-defined]
+        assert torch.equal(model(x), x * (sum(range(40)) - 3 + value))
+
+
+GETTER = operator.attrgetter("scale")
+
+
+class Got(torch.nn.Module):
+    scale = 2.0
+    shift = 7.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * GETTER(self)
+
+    def other(self) -> float:
+        return self.scale + self.shift
+
+
+def test_getters_that_hold_the_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = OptimizedModule(Got(), on_untraceable="raise")
+    x = torch.ones(3)
+    for value in (2.0, 3.0):
+        monkeypatch.setattr(Got, "scale", value)
+        assert torch.equal(model(x), x * value)
+    monkeypatch.setitem(globals(), "GETTER", operator.attrgetter("shift"))
+    assert torch.equal(model(x), x * 7)
+
+
+def test_forward_that_sets_a_profiler_is_not_specialized() -> None:
+    def child(x: Tensor) -> Tensor:
+        sys.setprofile(None)
+        return helper(x)
+
+    with pytest.raises(UntraceableError, match="sets a profiler"):
+        OptimizedModule(child, on_untraceable="raise")(torch.ones(3))
