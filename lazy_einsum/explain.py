@@ -104,7 +104,7 @@ def _left(entry: Specialization, options: Options) -> Iterator[LeftReport]:
     for node in stages["recompute"].nodes:
         if reason := why_unread(node, options.reassociate):
             yield left(node, reason)
-    joining = Networks(stages["recompute"], options.optimize, options.reassociate)
+    joining = Networks(stages["join_reshaped"], options.optimize, options.reassociate)
     for root in joining.roots():
         reason = "reassociate=False" if options.reassociate is False else ""
         reason = reason or joining.why_as_written(root, options.memory_limit)

@@ -283,6 +283,17 @@ def same_mode(first: fx.Node, second: fx.Node) -> bool:
     return a.movable and b.movable and a.grad == b.grad
 
 
+def must_be_no_view(node: fx.Node, writers: Writers) -> bool:
+    """Whether ``node`` runs without grad mode and its value is written later, or may be as it leaves the graph: in grad
+    mode autograd refuses such a write to a view, and direct calls may end in one where the user's code does not.
+    """
+    known = facts(node)
+    if known is None or known.type is None or known.grad or known.type.is_inference:
+        return False
+    leaves = not known.is_view and any(user.op == "output" for user in node.users)
+    return leaves or writers.spoil_any([node], node)
+
+
 def keepers(node: fx.Node) -> set[fx.Node]:
     """The nodes that do more with the value of ``node``, or with a view of it, than to compute other values: the
     output, writes, hooks, and calls that may do anything with what they are given.

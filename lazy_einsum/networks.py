@@ -9,6 +9,7 @@ import torch
 from torch import fx
 
 from .cost import sum_seconds
+from .dimensions import Dimensions
 from .errors import MemoryLimitError
 from .frozen import frozen_values
 from .graph import MAX_LABELS, Writers, is_einsum, same_mode, type_of, uses
@@ -179,25 +180,30 @@ class Networks:
         frozen: what never changes.
     """
 
-    def __init__(self, graph: fx.Graph, optimize: object, reassociate: bool | None) -> None:
+    def __init__(
+        self, graph: fx.Graph, optimize: object, reassociate: bool | None, dimensions: Dimensions | None = None
+    ) -> None:
         """Read them.
 
         Args:
             graph: with exact facts.
             optimize: the search that will choose orders, see ``make_plan``.
             reassociate: True takes float16 and bfloat16 as well.
+            dimensions: where given, networks go on through calls that reshape, and are of operands in the shapes that
+                it has for them.
         """
         self.optimize = optimize
         self.reassociate = reassociate
         self.writers = Writers(graph)
         self.frozen = frozen_values(graph)
+        self.dimensions = dimensions
         self.own: dict[fx.Node, Product] = {}
         self.whole: dict[fx.Node, Read] = {}
         self.parts: dict[fx.Node, list[fx.Node]] = {}
         self.inlined: set[fx.Node] = set()
         usable: dict[fx.Node, Read] = {}
         for node in graph.nodes:
-            product = None if self.writers.hold(node) else read_product(node, reassociate)
+            product = None if self.writers.hold(node) else self._read(node)
             if product is None:
                 continue
             spec, operands, taken = inline_operands(
@@ -215,10 +221,24 @@ class Networks:
             if node in self.inlined:
                 continue
             # A permutation at the end stays a view of what it permutes.
-            while is_permutation(node) and self.own[node].operands[0] in self.inlined:
+            while self.is_view(node) and self.own[node].operands[0] in self.inlined:
                 (node,) = self.own[node].operands
-            if not is_permutation(node):
+            if not self.is_view(node):
                 yield node
+
+    def is_view(self, node: fx.Node) -> bool:
+        """Whether a call only gives its operand another shape, or its dimensions another order."""
+        return is_permutation(node) or (self.dimensions is not None and node in self.dimensions.reshapes)
+
+    def _read(self, node: fx.Node) -> Product | None:
+        return read_product(node, self.reassociate) if self.dimensions is None else self.dimensions.product(node)
+
+    def _shapes(self, operands: Sequence[fx.Node]) -> list[tuple[int, ...]]:
+        """Shapes of those operands whose types are known."""
+        known = [(operand, entering) for operand in operands if (entering := type_of(operand))]
+        if self.dimensions is None:
+            return [entering.shape for _, entering in known]
+        return [self.dimensions.shape(operand) for operand, _ in known]
 
     def seconds(self, root: fx.Node) -> float:
         """What the cost model expects of the network as it is written, were only the einsums in it fused."""
@@ -275,15 +295,14 @@ class Networks:
             return None
         limit = None if memory_limit is None else memory_limit // types[0].dtype.itemsize
         try:
-            shapes, frozen = [known.shape for known in types], self._frozen(operands)
-            return make_plan(spec.canonical(), shapes, self.optimize, limit, frozen=frozen)
+            frozen = self._frozen(operands)
+            return make_plan(spec.canonical(), self._shapes(operands), self.optimize, limit, frozen=frozen)
         except MemoryLimitError:
             return None
 
     def plan_seconds(self, spec: EinsumSpec, operands: Sequence[fx.Node]) -> float:
         """What the cost model expects of one einsum of operands of known types."""
-        shapes = [known.shape for operand in operands if (known := type_of(operand))]
-        return einsum_seconds(spec, shapes, self.optimize, frozen=self._frozen(operands))
+        return einsum_seconds(spec, self._shapes(operands), self.optimize, frozen=self._frozen(operands))
 
     def _frozen(self, operands: Sequence[fx.Node]) -> tuple[bool, ...]:
         return tuple(operand in self.frozen for operand in operands) if self.frozen else ()

@@ -155,6 +155,29 @@ PRODUCTS = replace(
     all_forms=False,
 )
 
+# Products of what was reshaped, and reshaped products. In half of these programs all networks are joined.
+RESHAPED = replace(
+    PRODUCTS,
+    name="reshaped",
+    weights={
+        "regroup": 8,
+        "chain": 3,
+        "product": 2,
+        "matmul": 1,
+        "einsum": 3,
+        "scalar": 1,
+        "binary": 1,
+        "spread": 1,
+        "turn": 2,
+        "view": 1,
+        "in_place": 0.5,
+        "write_later": 0.3,
+        "region": 0.5,
+        "introspect": 0.2,
+    },
+    statements=(4, 9),
+)
+
 # Hooks on values in the middle and on what autograd saves; nothing is written, as what had a hook may not be.
 HOOKS = replace(
     PURE,
@@ -190,7 +213,7 @@ SHARING = replace(
     statements=(6, 12),
 )
 
-_ALL = (EVERYTHING, PURE, EFFECTS, KEYS, PREDECESSOR, PRODUCTS, HOOKS, SHARING)
+_ALL = (EVERYTHING, PURE, EFFECTS, KEYS, PREDECESSOR, PRODUCTS, RESHAPED, HOOKS, SHARING)
 PROFILES = {profile.name: profile for profile in _ALL}
 
 
@@ -837,6 +860,61 @@ class Generator:
             forms += [(f"{a.name}.T", [1, 0]), (f"{a.name}.t()", [1, 0])]
         text, places = rng.choice(forms)
         self._keep(text, tuple(a.dims[place] for place in places))
+
+    def _regroup(self) -> None:
+        """Dimensions taken together, or apart, and a product with something in the same shape."""
+        rng = self.random
+        a = self._pick(lambda v: v.rank >= 2 or "*" in "".join(v.dims))
+        text, dims = self._reshaped(a.name, a.dims)
+        if rng.random() < 0.7 and dims:
+            other, shape = self._fitting(a.dtype, dims)
+            if len(shape) == 2 and shape[0] == dims[-1] and rng.random() < 0.7:
+                text, dims = f"{text} @ {other}", (*dims[:-1], *shape[1:])
+            elif _broadcasts(dims, shape):
+                text, dims = f"{text} * {other}", _broadcast(dims, shape)
+            if rng.random() < 0.4 and dims:
+                text, dims = self._reshaped(f"({text})", dims)
+        self._keep(text, dims)
+
+    def _reshaped(self, text: str, dims: tuple[str, ...]) -> tuple[str, tuple[str, ...]]:
+        """A tensor in another shape: two dimensions as one, or one as two, or one more of size 1."""
+        rng = self.random
+        merged = [place for place, dim in enumerate(dims) if "*" in dim]
+        if merged and rng.random() < 0.6:
+            place = rng.choice(merged)
+            left, _, right = dims[place].partition("*")
+            sizes = [f"{v.name}.shape[{dim}]" for v in self.values for dim, size in enumerate(v.dims) if size == left]
+            if sizes:
+                apart = (*dims[:place], left, right, *dims[place + 1 :])
+                return f"{text}.unflatten({place}, ({rng.choice(sizes)}, -1))", apart
+        if len(dims) < 2 or rng.random() < 0.15:
+            place = rng.randrange(len(dims) + 1)
+            return f"{text}.unsqueeze({place})", (*dims[:place], "1", *dims[place:])
+        place = rng.randrange(len(dims) - 1)
+        if any("[" in dim for dim in dims[place : place + 2]):
+            raise Rejected
+        together = (*dims[:place], "*".join(dims[place : place + 2]), *dims[place + 2 :])
+        return f"{text}.flatten({place}, {place + 1})", together
+
+    def _fitting(self, dtype: torch.dtype, dims: tuple[str, ...]) -> tuple[str, tuple[str, ...]]:
+        """A tensor, as it is or with two dimensions as one, whose first or last dimension is the last of ``dims``."""
+        found = [(v.name, v.dims) for v in self.values if v.dtype == dtype and 1 <= v.rank <= 3]
+        found += [
+            (
+                f"{name}.flatten({place}, {place + 1})",
+                (*shape[:place], "*".join(shape[place : place + 2]), *shape[place + 2 :]),
+            )
+            for name, shape in found
+            for place in range(len(shape) - 1)
+        ]
+        found = [
+            (text, shape)
+            for text, shape in found
+            if dims[-1] == shape[-1] or (dims[-1] == shape[0] and len(shape) == 2)
+        ]
+        if not found:
+            raise Rejected
+        return self.random.choice(found)
 
     def _sum(self) -> None:
         """A weight with something added, as low-rank updates have it."""
@@ -1699,8 +1777,8 @@ def optimized(program: Program) -> Callable[[nn.Module], Callable[..., Any]]:
 
 
 def check_against(library: str, program: Program, networks: bool | None = None) -> Failure | None:
-    """Check a program with a named library, in ``every_network`` or not (``None``: half of the profiles products and
-    sharing).
+    """Check a program with a named library, in ``every_network`` or not (``None``: half of the profiles products,
+    reshaped and sharing).
     """
     if library == "eager":
         return check(program, lambda module: module)
@@ -1718,7 +1796,7 @@ def check_against(library: str, program: Program, networks: bool | None = None) 
 
         return check(program, wrap, values_only=True, calls=[FIRST])
     if networks is None:
-        networks = program.profile in ("products", "sharing") and program.seed % 2 == 1
+        networks = program.profile in ("products", "reshaped", "sharing") and program.seed % 2 == 1
     with every_network() if networks else nullcontext():
         return check(program, optimized(program))
 
@@ -1727,7 +1805,7 @@ def check_against(library: str, program: Program, networks: bool | None = None) 
 def every_network() -> Iterator[None]:
     """Products join others, multiply the terms of sums, are shared or copied, whether that pays or not."""
     with ExitStack() as stack:
-        for name in ("recompute", "distribute", "share"):
+        for name in ("recompute", "distribute", "join_reshaped", "share"):
             # Of the package, the name is that of the function.
             module = importlib.import_module(f"lazy_einsum.passes.{name}")
             stack.enter_context(patch.object(module, "pays", lambda *seconds: True))

@@ -55,6 +55,7 @@ RANKS = {
     "blocks": 4.5,
     "graph": 3,
     "products": 4,
+    "dimensions": 4.5,
     "frozen": 4,
     "folds": 3,
     "networks": 5,

@@ -14,6 +14,7 @@ from .fold import fold
 from .fuse_einsums import fuse_einsums
 from .fuse_scalars import fuse_scalars
 from .join_products import join_products
+from .join_reshaped import join_reshaped
 from .lower import lower
 from .place_scalars import place_scalars
 from .recompute import recompute
@@ -55,6 +56,10 @@ PASSES: tuple[tuple[str, Callable[[Options], Pass]], ...] = (
     (
         "recompute",
         lambda options: recompute(options.optimize, options.memory_limit, options.reassociate, options.saved_limit),
+    ),
+    (
+        "join_reshaped",
+        lambda options: join_reshaped(options.optimize, options.memory_limit, options.reassociate),
     ),
     (
         "join_products",

@@ -21,6 +21,7 @@ from ..graph import (
     facts,
     fresh_storage,
     is_einsum,
+    must_be_no_view,
     read_einsum,
     same_mode,
     stamp,
@@ -162,17 +163,6 @@ class _Tree:
     def is_view(self) -> bool:
         """Whether the result is a view of its only leaf."""
         return self.step.spec.is_view_only and self.factor == ONE
-
-
-def _must_be_no_view(node: fx.Node, writers: Writers) -> bool:
-    """Whether ``node`` runs without grad mode and its value is written later, or may be as it leaves the graph: in grad
-    mode autograd refuses such a write to a view, and direct calls may end in one where the user's code does not.
-    """
-    known = facts(node)
-    if known is None or known.type is None or known.grad or known.type.is_inference:
-        return False
-    leaves = not known.is_view and any(user.op == "output" for user in node.users)
-    return leaves or writers.spoil_any([node], node)
 
 
 class _Reader:
@@ -328,7 +318,7 @@ class _Write(NamedTuple):
             if not tree.is_view and any(entering.is_conj for entering in types):
                 # ``dot`` of two lazily conjugated vectors gives a lazily conjugated result, torch.einsum does not.
                 result = stamp(graph.call_method("resolve_conj", (result,)), inside)
-            if not tree.is_view and program.calls[-1].target in _MAY_VIEW and _must_be_no_view(root, self.writers):
+            if not tree.is_view and program.calls[-1].target in _MAY_VIEW and must_be_no_view(root, self.writers):
                 result = stamp(graph.call_method("detach", (result,)), inside)
         names, called = tuple(leaf.name for leaf in leaves), tuple(call.name for call in calls)
         result.meta = {**root.meta, LOWERED: Lowered(program, plan, names, steps, called)}
