@@ -12,6 +12,7 @@ from torch.overrides import handle_torch_function, has_torch_function
 
 from .choice import choose_order
 from .errors import EquationError
+from .fakes import EagerStrides
 from .layout import Strides
 from .plan import make_plan
 from .program import compile_program
@@ -162,7 +163,8 @@ def _eager_is_contiguous(text: str, spec: EinsumSpec, types: Sequence[TensorType
         return True
     operands = [torch.empty_strided(type_.shape, type_.stride, dtype=type_.dtype, device="meta") for type_ in types]
     try:
-        return torch.einsum(text, *operands).is_contiguous()
+        with EagerStrides():  # type: ignore[no-untyped-call]
+            return torch.einsum(text, *operands).is_contiguous()
     except RuntimeError:
         # An intermediate of its order, which ours does not have, may be too large even to describe.
         return True

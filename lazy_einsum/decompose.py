@@ -10,7 +10,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from . import ambient as ambient_module
-from .fakes import fake_mode
+from .fakes import fake_mode, with_eager_strides
 from .program import Call, Value
 from .signature import TensorType
 from .surroundings import USERS, Attribute, Reading
@@ -55,7 +55,7 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._kept = list(operands)  # so that no id is used again
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
+        result = with_eager_strides(func, args, kwargs or {}, func(*args, **(kwargs or {})))
         if not _is_tensor(result):  # asks for a device
             return result
         method = _METHODS.get(func._schema.name)

@@ -232,7 +232,9 @@ def _run_written(tape: Tape, written: Written, values: Sequence[int]) -> int | N
         own = leaves.setdefault(id(node), [])
         if len(own) == len(node.operands):
             stack.pop()
-            calls = eager_calls(str(node.spec.canonical()), [tape.type_of(value) for value in own])
+            # (torch.einsum goes by the order of the letters, and copies in the one what it views in the other.)
+            spec = node.spec if str(node.spec).isascii() else node.spec.canonical()
+            calls = eager_calls(str(spec), [tape.type_of(value) for value in own])
             if calls is None:
                 return None
             results[id(node)] = tape.run(calls, own)

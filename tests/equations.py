@@ -73,6 +73,10 @@ GROUPS: dict[str, list[Row]] = {
         "abb,bc->ac | 2x3x3 3x4",
         "aabb,ab->a | 2x2x3x3 2x3",
         "aa,a,ab->b | 3x3 3 3x2",
+        # How products lie depends on strides of dimensions of size 1.
+        ",Fccd,Fc,Fb->Fb | . 2x1x1x1 2x1 1x2",
+        # By the order of its letters torch.einsum copies or views the diagonal.
+        "cdb,bcdd,d-> | 2x1x2 2x2x2x2 2",
     ),
     "hadamard": _rows(
         "a,a->a | 3 3",

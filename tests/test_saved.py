@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from equations import Row, equations, make_operands
-from hypothesis import assume, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from instances import load
 from torch import Tensor, einsum
@@ -255,6 +255,7 @@ def test_random_networks(drawn: tuple[Row, list[bool]]) -> None:
 
 
 @given(equations(max_operands=5), st.booleans(), st.integers(1, 31))
+@example(Row("cdb,bcdd,d->", ((2, 1, 2), (2, 2, 2, 2), (2,))), False, 1)
 @settings(deadline=None)
 def test_what_eager_saves_is_known(row: Row, strided: bool, follows: int) -> None:
     """The count is exact, also for diagonals, broadcasting and operands without elements."""
