@@ -102,12 +102,12 @@ def _inline(
     fused = spec.inline(position, inner[0])
     if fused.n_labels > MAX_LABELS:
         return f"together they have more than {MAX_LABELS} labels"
-    if _merges_broadcasts(spec.inputs[position], inner[0]):
+    if merges_broadcasts(spec.inputs[position], inner[0]):
         return "a diagonal of its result is taken that its operands do not have"
     return fused
 
 
-def _merges_broadcasts(term: str, inner: EinsumSpec) -> bool:
+def merges_broadcasts(term: str, inner: EinsumSpec) -> bool:
     """Whether the outer einsum takes a diagonal of dimensions that one inner operand has and another may broadcast.
 
     (It takes one where ``term`` repeats a label.)

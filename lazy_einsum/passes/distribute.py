@@ -25,7 +25,7 @@ from ..graph import (
     uses,
     write_einsum,
 )
-from ..networks import Networks, pays
+from ..networks import Networks, merges_broadcasts, pays
 from ..products import may_reorder, spellings
 from ..scalars import ONE, Factor, Tensors, read_linear, tensors
 from ..signature import TensorType
@@ -176,7 +176,9 @@ def _is_free(networks: Networks, found: _Term) -> bool:
     known, base = type_of(term), type_of(product)
     if term not in networks.whole or networks.own[term].added is not None or known is None or base is None:
         return False
-    leaves = networks.whole[term][1]
+    inner, leaves = networks.whole[term]
+    if merges_broadcasts(networks.own[product].spec.inputs[found.place], found.way.inline(0, inner)):
+        return False
     if len(leaves) < 2 or known.dtype != base.dtype or not found.factor.fits(base.dtype, networks.reassociate):
         return False
     moved = (*found.between, *found.scalings, *networks.parts[term])

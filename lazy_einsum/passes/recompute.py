@@ -19,7 +19,7 @@ from ..graph import (
     stamp,
     uses,
 )
-from ..networks import Networks, pays
+from ..networks import Networks, merges_broadcasts, pays
 from ..plan import Plan
 from ..products import read_product
 from ..saved import Step, Written, save_more
@@ -119,7 +119,7 @@ def _promises(networks: Networks, node: fx.Node) -> bool:
             before += networks.plan_seconds(whole, leaves)
             position = leaves.index(node)
             inlined = whole.inline(position, spec)
-            if inlined.n_labels > MAX_LABELS:
+            if inlined.n_labels > MAX_LABELS or merges_broadcasts(whole.inputs[position], spec):
                 return False
             after += networks.plan_seconds(inlined, (*leaves[:position], *operands, *leaves[position + 1 :]))
     return pays(after, before)

@@ -115,6 +115,14 @@ def test_what_stays(program):
     assert untouched(program, *ALL)
 
 
+def test_no_diagonal_is_taken_of_what_broadcasts():
+    def program(w, x, y, v):
+        return einsum("ii,i->i", w + x * y, v)
+
+    with every_network():
+        assert untouched(program, tensor(3, 3), tensor(3, 1), tensor(1, 3), tensor(3))
+
+
 def test_not_past_writes():
     def to_a_leaf(x, w, b, a):
         s = w + b @ a

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from checks import check_pass, lines, traced
+from fuzzer import every_network
 from torch import einsum, rand
 
 from lazy_einsum import OptimizedModule
@@ -250,6 +251,15 @@ def test_elementwise_products_are_not_computed_twice():
         return h.sum(0), h.sum(1)
 
     assert untouched(program, tensor(300, 300), tensor(300, 300))
+
+
+def test_no_diagonal_is_taken_of_what_broadcasts():
+    def program(x, y, v, w):
+        h = x @ y * w
+        return einsum("ii,i->i", h, v), h @ v
+
+    with every_network():
+        assert untouched(program, tensor(3, 2), tensor(2, 3), tensor(3), tensor(3, 1))
 
 
 def test_types_whose_order_is_the_users():
