@@ -259,11 +259,10 @@ class Dimensions:
                     if cut is None:
                         raise _ConflictError(node)
                     cuts = self._cuts.setdefault(own, {})
-                    if cut not in cuts:
-                        if any(
-                            quotient(*sorted((cut, other), key=int, reverse=True)) is None for other in (*cuts, size)
-                        ):
-                            raise _ConflictError(node)
-                        cuts[cut] = None
-                        changed = True
+                    if cut in cuts:
+                        continue
+                    if any(quotient(max(cut, other), min(cut, other)) is None for other in (*cuts, size)):
+                        raise _ConflictError(node)
+                    cuts[cut] = None
+                    changed = True
         return changed

@@ -15,6 +15,7 @@ from fuzzer import (
     PRODUCTS,
     PROFILES,
     PURE,
+    RESHAPED,
     SHARING,
     Failure,
     Profile,
@@ -24,10 +25,10 @@ from fuzzer import (
 
 #: (profile, number of programs, first seed, programs in a chunk): chunks spread over processes.
 _QUICK = [(EVERYTHING, 400, 0, 50), (PURE, 300, 0, 50), (EFFECTS, 200, 0, 50), (KEYS, 100, 0, 50)]
-_QUICK += [(PRODUCTS, 100, 0, 50), (HOOKS, 100, 0, 50), (SHARING, 100, 0, 50)]
+_QUICK += [(PRODUCTS, 100, 0, 50), (HOOKS, 100, 0, 50), (SHARING, 100, 0, 50), (RESHAPED, 100, 0, 50)]
 _LONG = [(EVERYTHING, 5000, 10_000, 250), (PURE, 2000, 10_000, 250), (EFFECTS, 2000, 10_000, 250)]
 _LONG += [(KEYS, 1000, 10_000, 250), (PRODUCTS, 1000, 10_000, 250), (HOOKS, 1000, 10_000, 250)]
-_LONG += [(SHARING, 1000, 10_000, 250)]
+_LONG += [(SHARING, 1000, 10_000, 250), (RESHAPED, 1000, 10_000, 250)]
 
 
 def _chunks(table: list[tuple[Profile, int, int, int]]) -> list[tuple[Profile, int, int]]:
