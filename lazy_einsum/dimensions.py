@@ -19,34 +19,37 @@ _RESHAPES = spellings(
 _Dim = tuple[fx.Node, int]
 
 
+Blocks = tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]
+"""Dimensions of two shapes that hold the same elements, without those of size 1, in order."""
+
+
 class Reshape(NamedTuple):
     """A call that gives the elements of its operand, in the same order, another shape.
 
     Attributes:
         operand: of what.
-        blocks: dimensions of the operand and of the result that hold the same, without those of size 1, in order.
+        blocks: dimensions of the operand and of the result that hold the same.
     """
 
     operand: fx.Node
-    blocks: tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]
+    blocks: Blocks
 
 
 def read_reshape(node: fx.Node) -> Reshape | None:
     """What ``node`` reshapes; ``None`` where it does something else, or its sizes are not known well enough."""
     known = facts(node)
-    if node.op not in ("call_function", "call_method") or known is None or known.type is None or not known.movable:
+    if node.op not in ("call_function", "call_method") or known is None or known.type is None:
         return None
     operand = node.args[0] if node.args else None
     entering = type_of(operand)
-    if not isinstance(operand, fx.Node) or entering is None or known.writes:
+    if not isinstance(operand, fx.Node) or entering is None:
         return None
     if node.target not in _RESHAPES and not _adds_dims(node):
         return None
-    shape, result = entering.shape, known.type.shape
-    if entering.dtype != known.type.dtype or 0 in (*shape, *result) or entering.is_conj or entering.is_neg:
+    if entering.dtype != known.type.dtype:  # x.view(torch.int32)
         return None
-    blocks = _blocks(shape, result)
-    return None if blocks is None else Reshape(operand, blocks)
+    found = blocks(entering.shape, known.type.shape)
+    return None if found is None else Reshape(operand, found)
 
 
 def _adds_dims(node: fx.Node) -> bool:
@@ -57,8 +60,13 @@ def _adds_dims(node: fx.Node) -> bool:
     return all(item is None or item is Ellipsis or item == slice(None) for item in items)
 
 
-def _blocks(shape: Sequence[int], result: Sequence[int]) -> tuple[tuple[tuple[int, ...], tuple[int, ...]], ...] | None:
-    """The fewest dimensions at a time of two shapes that have as many elements; ``None`` where that is not sure."""
+def blocks(shape: Sequence[int], result: Sequence[int]) -> Blocks | None:
+    """The fewest dimensions at a time of two shapes that have as many elements; ``None`` where that is not sure for
+    all values of symbolic sizes.
+
+    >>> blocks((2, 3, 1, 4), (6, 4))
+    (((0, 1), (0,)), ((3,), (1,)))
+    """
     found: list[tuple[tuple[int, ...], tuple[int, ...]]] = []
     left = [dim for dim, size in enumerate(shape) if size != 1]
     right = [dim for dim, size in enumerate(result) if size != 1]

@@ -22,6 +22,7 @@ from ..graph import (
     stamp,
     type_of,
     uses,
+    write_einsum,
 )
 from ..networks import Networks, pays
 from ..products import Product
@@ -69,10 +70,12 @@ def join_reshaped(
         plain = Networks(new, optimize, reassociate)
         networks = Networks(new, optimize, reassociate, dimensions)
         write = _Write(networks, dimensions, Numbers(new))
-        for root in [root for root in networks.roots() if _pays(networks, plain, root, memory_limit)]:
+        paying = [root for root in networks.roots() if _pays(networks, plain, root, memory_limit)]
+        for root in paying:
             write.network(root)
-        # Calls that are no longer needed reshaped a value, or added dimensions to one for a product.
-        erase_if_unused([node for node in reversed(new.nodes) if node in dimensions.reshapes])
+        # What reshaped a value, gave its dimensions another order, or added some for a product, is no longer needed.
+        views = {*dimensions.reshapes, *(part for root in paying for part in networks.parts[root])}
+        erase_if_unused([node for node in reversed(new.nodes) if node in views])
         return new
 
     return run
@@ -142,13 +145,17 @@ class _Write(NamedTuple):
         for node in reversed(self.networks.parts[root]):
             product = self.networks.own[node]
             operands = [values.get(operand) or self.apart(operand, node) for operand in product.operands]
-            if node in self.dimensions.reshapes:
+            if node is root:
+                self.root(node, product, operands)
+            elif node in self.dimensions.reshapes:
                 (values[node],) = operands
-            elif node is not root:
+            elif product.spec.is_view_only:
+                # Of what the operand is now, which a reshape may have copied before.
+                with node.graph.inserting_before(node):
+                    values[node] = write_einsum(node.graph, product.spec, operands, like=node)
+            else:
                 values[node] = _become(node, torch.einsum, str(product.spec.canonical()), *operands)
                 stamp(node, self.facts_apart(node))
-            else:
-                self.root(node, product, operands)
 
     def apart(self, operand: fx.Node, user: fx.Node) -> fx.Node:
         """A view of an operand in which its dimensions are taken apart."""
@@ -165,7 +172,8 @@ class _Write(NamedTuple):
         followed = known.type.requires_grad and mode.grad
         apart = replace(self.facts_apart(operand), grad=mode.grad, movable=mode.movable, where=mode.where, writes=())
         assert apart.type is not None
-        return stamp(view, replace(apart, type=replace(apart.type, requires_grad=followed, is_leaf=not followed)))
+        kind = replace(apart.type, requires_grad=followed, is_leaf=not followed, is_parameter=False)
+        return stamp(view, replace(apart, type=kind))
 
     def facts_apart(self, node: fx.Node) -> Facts:
         """The facts of a value, were its dimensions taken apart."""

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import rand
 
 from lazy_einsum import OptimizedModule
-from lazy_einsum.dimensions import Dimensions, quotient, read_reshape
+from lazy_einsum.dimensions import Dimensions, blocks, quotient, read_reshape
 from lazy_einsum.passes.join_reshaped import join_reshaped
 from lazy_einsum.sizes import SymbolicSize
 
@@ -40,7 +40,7 @@ def untouched(function, *inputs):
 
 
 def khatri_rao(a, b):
-    return (a.reshape(a.shape[0], 1, a.shape[1]) * b.reshape(1, *b.shape)).reshape(-1, a.shape[1])
+    return (a.reshape(a.shape[0], 1, a.shape[1]) * b.reshape(1, *b.shape)).reshape(len(a) * len(b), a.shape[1])
 
 
 @pytest.mark.parametrize(
@@ -91,11 +91,13 @@ def test_equations(program, inputs, equations):
         (lambda w: (w @ w.T).reshape(2, 3, 6), (W,)),
         # Used twice.
         (lambda a, b, w: (lambda k: w @ k + k.sum())(khatri_rao(a, b)), (A, B, W)),
-        # Another dtype.
+        # Read as another dtype, or conjugated.
+        (lambda a, b, w: w.to(torch.complex128) @ khatri_rao(a, b).to(torch.complex128).conj(), (A, B, W)),
+        (lambda a, b, w: w @ khatri_rao(a, b).conj(), tuple(t.detach().to(torch.complex128) for t in (A, B, W))),
+        (lambda a, b, w: w @ khatri_rao(a.conj(), b), tuple(t.detach().to(torch.complex128) for t in (A, B, W))),
         (lambda a, b, w: w @ (a[:, None] * b).view(torch.int64).view(torch.float64).reshape(-1, 5), (A, B, W)),
         (lambda a, b, w: w @ khatri_rao(a, b), tuple(t.detach().to(torch.float16) for t in (A, B, W))),
         (lambda a, b, w: w @ khatri_rao(a, b), tuple((10 * t.detach()).long() for t in (A, B, W))),
-        (lambda a, b, w: w @ khatri_rao(a, b), (tensor(0, 5), B, tensor(6, 0))),
     ],
 )
 def test_what_stays(program, inputs):
@@ -187,6 +189,11 @@ def test_batches_of_all_sizes_run_one_code():
     assert code and all("join_reshaped" in entry.stages for entry in code)
     assert all("einsum" in entry.stages["join_reshaped"] for entry in code)
     assert wrapped.cache_info().fallbacks == 0
+
+
+@pytest.mark.parametrize("shapes", [((0, 5), (4, 5), (6, 0)), ((3, 0), (4, 0), (6, 12)), ((3, 5), (0, 5), (6, 0))])
+def test_nothing_in_them(shapes):
+    forced(lambda a, b, w: w @ khatri_rao(a, b), *(tensor(*shape) for shape in shapes))
 
 
 def test_a_size_that_varies_is_taken_together_and_apart():
@@ -283,10 +290,23 @@ def test_quotient():
     assert quotient(s * 4, s * 2) == 2
 
 
-def test_sizes_that_are_equal_by_chance_are_not_taken_for_equal():
+def test_blocks():
+    n, m = SymbolicSize.symbol("s0", 4), SymbolicSize.symbol("s1", 4)
+    assert blocks((2, 3, 4), (6, 4)) == (((0, 1), (0,)), ((2,), (1,)))
+    assert blocks((6, 1, 4), (1, 2, 12)) == (((0, 2), (1, 2)),)
+    assert blocks((2, 3), (7,)) is None
+    assert blocks((n, 3), (n * 3,)) == (((0, 1), (0,)),)
+    assert blocks((n, 3, 5), (n, 15)) == (((0,), (0,)), ((1, 2), (1,)))
+    # Equal in this call, which is no proof.
+    assert blocks((n, 4), (4, n)) is None
+    assert blocks((n, m), (m, n)) is None
+
+
+def test_what_reshapes():
     def reshapes(function, *inputs):
         return [node.name for node in traced(function, inputs).graph.nodes if read_reshape(node)]
 
     assert reshapes(lambda x: x.reshape(2, 12).unflatten(1, (4, 3)), tensor(2, 3, 4)) == ["reshape", "unflatten"]
     assert reshapes(lambda x: x.view(torch.int64), A.detach()) == []
     assert reshapes(lambda x: x[:1].reshape(5) + x[0], A) == ["reshape"]
+    assert reshapes(lambda x: x[None, ..., None] + x[:, None, None, 1:], A) == ["getitem"]
