@@ -21,7 +21,7 @@ from .figures import (
     scaling,
     step_seconds,
 )
-from .graph import NUMBER, facts, is_einsum, read_einsum, type_of
+from .graph import NUMBER, call_of, facts, is_einsum, read_einsum, type_of
 from .operand_names import Names, written_call
 from .passes.choose_paths import PLAN
 from .passes.lower import LOWERED, Lowered
@@ -121,7 +121,7 @@ class _Reader:
         parts = tuple(self._parts(node, steps))
         cone, leaves = self._cone(node, operands)
         known = facts(node)
-        origin = self._graphs.traced.get(node.name)
+        origin = self._graphs.traced.get(call_of(node))
         made_by = "" if origin is not None else self._maker(node)
         written = None if origin is None else self._written(node, operands, cone, leaves)
         optimized = self._optimized(node, operands, plan, types, parts, steps)
@@ -264,8 +264,8 @@ class _Reader:
 
     def _cone(self, node: fx.Node, operands: Sequence[fx.Node]) -> tuple[list[fx.Node], list[str]]:
         """The calls of the user's between what enters a network and its result, and the names of what enters."""
-        graphs = self._graphs
-        if node.name not in graphs.written:
+        graphs, name = self._graphs, call_of(node)
+        if name not in graphs.written:
             return [], []
         ends: dict[str, None] = {}
 
@@ -279,12 +279,12 @@ class _Reader:
         for operand in operands:
             end(operand)
         found: set[fx.Node] = set()
-        waiting = [graphs.written[node.name]]
+        waiting = [graphs.written[name]]
         while waiting:
             at = waiting.pop()
             if at in found or NUMBER in at.meta:
                 continue
-            if (at.name in ends and at.name != node.name) or at.op in ("placeholder", "get_attr"):
+            if (at.name in ends and at.name != name) or at.op in ("placeholder", "get_attr"):
                 ends[at.name] = None
                 continue
             found.add(at)

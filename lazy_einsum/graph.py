@@ -498,6 +498,17 @@ def write_einsum(
     )
 
 
+GIVES = "lazy_einsum_gives"
+"""Under this name an einsum has in its ``meta`` the name of the call that it was made of, where that is still there for
+what is left of it: to add a bias, to give the result its shape.
+"""
+
+
+def call_of(node: fx.Node) -> str:
+    """The name of the call that an einsum was made of; its own, where none is left."""
+    return str(node.meta.get(GIVES, node.name))
+
+
 NUMBER = "lazy_einsum_number"
 """Under this name a node that gives a number made of symbols (sizes that vary) has its expression in its ``meta``."""
 

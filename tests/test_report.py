@@ -972,6 +972,27 @@ def loggers() -> Iterator[None]:
         logger.handlers.clear()
 
 
+@pytest.mark.parametrize("reshapes", [True, False])
+def test_what_adds_a_bias_or_reshapes_is_made_of_calls(reshapes: bool) -> None:
+    """The last call of a network lives on under its own name; the report has it among what the network is made of."""
+
+    def khatri_rao(x: Tensor, a: Tensor, b: Tensor, bias: Tensor) -> Tensor:
+        k = (a[:, None] * b).reshape(-1, 100) if reshapes else a @ b.mT @ a
+        return torch.nn.functional.linear(x, k, bias[: k.shape[0]])
+
+    def regrouped(x: Tensor, a: Tensor, b: Tensor, bias: Tensor) -> Tensor:
+        return ((a[:, None] * b).reshape(-1, 100) @ x.mT).reshape(80, 80 * len(x)) @ bias[: 80 * len(x)]
+
+    operands = torch.rand(7, 100), torch.rand(80, 100), torch.rand(80, 100), torch.rand(6400)
+    for child in (khatri_rao, regrouped) if reshapes else (khatri_rao,):
+        report = OptimizedModule(child).explain(*operands)
+        (network,) = report.networks
+        last = "linear" if child is khatri_rao else "matmul"
+        assert network.made_by == "" and network.calls[-1].text.split(" ")[0] == last
+        assert network.written is not None
+        assert network.written.seconds > network.optimized.seconds
+
+
 def test_passes_plans_and_code_are_logged(caplog: pytest.LogCaptureFixture) -> None:
     model = OptimizedModule(chain)
     with caplog.at_level(logging.DEBUG, "lazy_einsum"):

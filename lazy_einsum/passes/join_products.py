@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from torch import fx
 
-from ..graph import copy_graph, facts, is_einsum, stamp, write_einsum
+from ..graph import GIVES, copy_graph, facts, is_einsum, stamp, write_einsum
 from ..networks import Networks
 from ..spec import EinsumSpec
 
@@ -78,4 +78,5 @@ def _write(node: fx.Node, spec: EinsumSpec, operands: Sequence[fx.Node], added: 
     assert known is not None and known.type is not None and base is not None and base.type is not None
     # The sum lies in memory as its first operand does.
     stamp(einsum, replace(known, type=replace(known.type, stride=base.type.stride)))
+    einsum.meta[GIVES] = node.name
     node.target, node.args = torch.add, (einsum, added)

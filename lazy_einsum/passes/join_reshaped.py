@@ -12,6 +12,7 @@ from torch import fx
 from ..cost import ITEM, walk_seconds
 from ..dimensions import Dimensions
 from ..graph import (
+    GIVES,
     Facts,
     Numbers,
     copy_graph,
@@ -199,6 +200,7 @@ class _Write(NamedTuple):
             apart, known = replace(apart, storage=fresh_storage(graph)), replace(known, storage=fresh_storage(graph))
         with graph.inserting_before(node):
             value = stamp(graph.call_function(torch.einsum, (str(product.spec.canonical()), *operands)), apart)
+            value.meta[GIVES] = node.name
             if not is_whole and (detached or added is not None):
                 value = stamp(graph.call_method("reshape", (value, self.numbers.argument(kind.shape))), known)
         if added is not None:

@@ -55,6 +55,12 @@ def khatri_rao(a, b):
         (lambda x, w: (x.flatten(1) @ w.T).unflatten(1, (2, 3)).transpose(1, 2) @ x[:, :2], (X, W), None),
         (lambda x, w: (w @ w.T).reshape(6, 2, 3) @ x[0], (X, W), ["abc->cab", "abc,cde->abde", "abcd,de->abce"]),
         (lambda x, w: (w @ w.T).unflatten(0, (2, 3))[:, :, None] @ w, (X, W), None),
+        # One dimension in two ways: the second one stays.
+        (
+            lambda a, b, c, d, w: (torch.outer(a, b).ravel() * torch.outer(c, d).ravel()) @ w,
+            (tensor(3), tensor(4), tensor(2), tensor(6), tensor(12, 2)),
+            ["a,b->ab", "ab,ab->ab", "ab,abc->c"],
+        ),
         # Dimensions of size 1, new and gone.
         (lambda a, w: (a @ a.T)[None, :, :, None].reshape(9, 1).squeeze(1) @ w, (A, tensor(9, 2)), None),
         (
@@ -86,6 +92,9 @@ def test_equations(program, inputs, equations):
         (lambda a, b, w: w @ khatri_rao(a, b).exp(), (A, B, W)),
         # Sizes that have no common parts.
         (lambda a: (a @ a.T).reshape(4, 9) @ (a @ a.T).reshape(9, 4), (tensor(6, 2),)),
+        # The elements are in another order.
+        (lambda a, w: (a @ a.T)[[2, 0, 1]] @ w, (A, tensor(3, 2))),
+        (lambda a, w: (a @ a.T)[:, torch.tensor([2, 0, 1])] @ w, (A, tensor(3, 2))),
         # Nothing comes before, or after.
         (lambda x, w: x.reshape(7, 12) @ w.T, (X, W)),
         (lambda w: (w @ w.T).reshape(2, 3, 6), (W,)),
