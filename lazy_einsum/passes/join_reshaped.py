@@ -71,7 +71,7 @@ def join_reshaped(
         plain = Networks(new, optimize, reassociate)
         networks = Networks(new, optimize, reassociate, dimensions)
         write = _Write(networks, dimensions, Numbers(new))
-        paying = [root for root in networks.roots() if _pays(networks, plain, root, memory_limit)]
+        paying = [root for root in networks.roots() if _pays(networks, plain, dimensions, root, memory_limit)]
         for root in paying:
             write.network(root)
         # What reshaped a value, gave its dimensions another order, or added some for a product, is no longer needed.
@@ -97,7 +97,7 @@ def _is_between(node: fx.Node, dimensions: Dimensions) -> bool:
     return False
 
 
-def _pays(networks: Networks, plain: Networks, root: fx.Node, memory_limit: int | None) -> bool:
+def _pays(networks: Networks, plain: Networks, dimensions: Dimensions, root: fx.Node, memory_limit: int | None) -> bool:
     """Whether a network that goes on through reshapes takes clearly less time than the networks in it."""
     parts = networks.parts[root]
     spec, operands = networks.whole[root]
@@ -108,8 +108,9 @@ def _pays(networks: Networks, plain: Networks, root: fx.Node, memory_limit: int 
     plan = networks.plan(spec, operands, memory_limit)
     if plan is None:
         return False
-    before = sum(_seconds(plain, part, memory_limit) for part in roots) + sum(map(_copy_seconds, parts))
-    return pays(plan.seconds, before)
+    before = sum(_seconds(plain, part, memory_limit) for part in roots)
+    copies = sum(_copy_seconds(part) for part in parts if part in dimensions.reshapes)
+    return pays(plan.seconds, before + copies)
 
 
 def _seconds(plain: Networks, root: fx.Node, memory_limit: int | None) -> float:
@@ -197,7 +198,8 @@ class _Write(NamedTuple):
         # What is not a view to the user must not be one to autograd.
         detached = added is None and must_be_no_view(node, self.networks.writers)
         if added is not None:
-            apart, known = replace(apart, storage=fresh_storage(graph)), replace(known, storage=fresh_storage(graph))
+            storage = fresh_storage(graph)
+            apart, known = replace(apart, storage=storage), replace(known, storage=storage)
         with graph.inserting_before(node):
             value = stamp(graph.call_function(torch.einsum, (str(product.spec.canonical()), *operands)), apart)
             value.meta[GIVES] = node.name

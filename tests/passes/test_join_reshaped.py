@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -138,6 +140,19 @@ def test_it_has_to_pay():
     large = tensor(2, 6400), tensor(80, 300), tensor(80, 300)
     found = check_pass(run, lambda w, a, b: w @ khatri_rao(a, b), *large)
     assert any("einsum" in line for line in found)
+
+
+def test_copies_that_are_no_longer_made_count(monkeypatch):
+    def turned(x, w):
+        return (w @ w.T).T.reshape(12, 3) @ x
+
+    w, x = tensor(6, 3), tensor(3, 2)
+    assert check_pass(run, turned, x, w) == lines(traced(turned, (x, w)).graph)
+    monkeypatch.setattr(importlib.import_module("lazy_einsum.passes.join_reshaped"), "walk_seconds", lambda *_: 1.0)
+    assert any("einsum" in line for line in check_pass(run, turned, x, w))
+    # Without the permutation the reshape is a view.
+    plain = lambda x, w: (w @ w.T).reshape(12, 3) @ x  # noqa: E731
+    assert check_pass(run, plain, x, w) == lines(traced(plain, (x, w)).graph)
 
 
 def test_what_join_products_makes_faster_alone_is_its_business():
@@ -309,6 +324,21 @@ def test_blocks():
     # Equal in this call, which is no proof.
     assert blocks((n, 4), (4, n)) is None
     assert blocks((n, m), (m, n)) is None
+
+
+def test_regions_without_grad():
+    def program(a, b, w):
+        with torch.no_grad():
+            y = w @ khatri_rao(a, b)
+        return y * a.sum(), w @ khatri_rao(b, a)
+
+    def apart(a, b, w):
+        with torch.no_grad():
+            k = khatri_rao(a, b)
+        return w @ k
+
+    assert len(forced(program, A, B, W)) == 4
+    assert untouched(apart, A, B, W)
 
 
 def test_what_reshapes():
