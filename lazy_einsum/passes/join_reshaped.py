@@ -171,10 +171,10 @@ class _Write(NamedTuple):
         # It is made in the mode of what uses it.
         mode = facts(user)
         assert mode is not None
-        followed = known.type.requires_grad and mode.grad
+        # (A view that is made without grad says that it requires grad where its tensor does.)
         apart = replace(self.facts_apart(operand), grad=mode.grad, movable=mode.movable, where=mode.where, writes=())
         assert apart.type is not None
-        kind = replace(apart.type, requires_grad=followed, is_leaf=not followed, is_parameter=False)
+        kind = replace(apart.type, is_leaf=not known.type.requires_grad, is_parameter=False)
         return stamp(view, replace(apart, type=kind))
 
     def facts_apart(self, node: fx.Node) -> Facts:
