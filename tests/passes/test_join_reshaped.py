@@ -115,6 +115,18 @@ def test_what_stays(program, inputs):
     assert untouched(program, *inputs)
 
 
+def test_only_what_is_taken_apart_is_reshaped():
+    with every_network():
+        found = check_pass(run, lambda a, b, w: w @ khatri_rao(a, b), A, B, W)
+    assert [line for line in found if ".reshape(" in line] == ["reshape_3 = x2.reshape((6, 3, 4))"]
+
+
+def test_the_order_is_the_users():
+    with every_network():
+        found = check_pass(join_reshaped(reassociate=False), lambda a, b, w: w @ khatri_rao(a, b), A, B, W)
+    assert not any("einsum" in line for line in found)
+
+
 def test_writes_are_not_passed():
     def later(a, b, w):
         k = (a[:, None] * b).reshape(-1, 5)
