@@ -21,7 +21,7 @@ from .errors import BackendWarning, LazyEinsumError
 from .fakes import fake_mode
 from .functional import EfficientShapeProp, keep_layouts, put_back
 from .graph import EVERYTHING, Facts, copy_graph, facts, stamp, writes
-from .passes import PASSES, Options
+from .passes import OF_SIZES, PASSES, Options
 from .passes.choose_paths import choose_paths
 from .plan import check_optimize
 
@@ -77,7 +77,7 @@ _DEFAULTS = ("inductor", "auto", None, None)
 
 def rewrite(module: fx.GraphModule, example_inputs: Sequence[Any], options: Options) -> fx.Graph:
     """The graph of ``module`` after all passes; ``module`` stays as it is. Where sizes are symbolic, what the passes
-    write holds for all sizes of the same ranks, and the last one, ``lower``, which bakes sizes in, is left out.
+    write holds for all sizes of the same ranks: those that write sizes into the code are left out.
 
     Args:
         module: captured by Dynamo, which notes on each placeholder what is known of its values.
@@ -99,7 +99,7 @@ def rewrite(module: fx.GraphModule, example_inputs: Sequence[Any], options: Opti
             graph = make_pass(replace(options, exact=True))(graph)
         elif name == "choose_paths":
             graph = choose_paths(options.optimize, options.memory_limit, generic=True)(graph)
-        elif name != "lower":
+        elif name not in OF_SIZES:
             graph = make_pass(options)(graph)
     graph = keep_layouts(module, graph, examples) if is_generic else graph
     for node in graph.nodes:

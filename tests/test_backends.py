@@ -668,6 +668,15 @@ CAPTURED: dict[str, tuple[Any, Callable[[int], tuple[Tensor, ...]]]] = {
     ),
     "heads": (_heads, lambda n: (double(n, 4, 20, 20, grad=True), double(20, 20), double(n, 4, 20))),
     "module": (Normed(), lambda n: (double(n, 6, grad=True),)),
+    # Passes that would write sizes into the code.
+    "slices": (
+        lambda x, a: (lambda y: (y[:1] @ a, y[1:] @ a))(x * 3),
+        lambda n: (double(n, 20, grad=True), double(20, 20)),
+    ),
+    "reshaped": (
+        lambda w, a, b: w @ (a[:, None] * b).reshape(-1, 300),
+        lambda n: (double(2, n * 400, grad=True), double(n, 300), double(400, 300)),
+    ),
 }
 
 

@@ -78,7 +78,12 @@ PASSES: tuple[tuple[str, Callable[[Options], Pass]], ...] = (
     ("lower", lambda options: lower(options.reassociate, options.exact)),
 )
 
+OF_SIZES = frozenset({"join_reshaped", "split_slices", "lower"})
+"""Passes that write sizes into the code, as numbers or as the expressions of ``sizes``: what they make of sizes of which
+only an example is known does not hold for others.
+"""
+
 FOLD: tuple[str, Callable[[Options], Pass]] = ("fold", lambda options: fold(options.memory_limit))
 """The pass that comes before the last, where tensors are frozen."""
 
-__all__ = ["FOLD", "PASSES", "Options", "Pass"]
+__all__ = ["FOLD", "OF_SIZES", "PASSES", "Options", "Pass"]
