@@ -24,6 +24,7 @@ import plot
 import torch
 from contestants import CONTESTANTS, prepare
 from edge_counts import edge_counts
+from epoch import epoch
 from instances import Instance, load
 from measure import Run, backward_run, forward_run, geometric_mean, medians, seconds
 from model_times import e3nn_products, mace, models
@@ -330,7 +331,8 @@ def memory() -> None:
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parts = ("networks", "pairwise", "planning", "plans", "dispatch", "miss", "memory", "edges", "models", "batches")
+    parts = ("networks", "pairwise", "planning", "plans", "dispatch", "miss", "memory", "edges", "epoch", "models")
+    parts += ("batches",)
     parser.add_argument("cases", nargs="*", help=f"words of the names of cases; also: {', '.join(parts)}")
     parser.add_argument("--quick", action="store_true", help="7 short rounds")
     parser.add_argument("--threads", type=int, default=1, help="of torch (1)")
@@ -338,12 +340,13 @@ def main() -> None:
     parser.add_argument("--backward", action="store_true", help="of networks and pairwise only forward with backward")
     parser.add_argument("--stride", type=int, default=4, help="of pairwise each so-manieth contraction (4; 1: all)")
     parser.add_argument(
-        "--save", help="write the seconds of models, or of networks (with --forward or --backward), to this file"
+        "--save",
+        help="write the seconds of models, of an epoch, or of networks (with --forward or --backward), to this file",
     )
     parser.add_argument(
         "--compile", action="store_true", help="also torch.compile, and backend='inductor' (needs a C++ compiler)"
     )
-    parser.add_argument("--plot", help="draw networks to this file; with --forward or --backward")
+    parser.add_argument("--plot", help="draw an epoch, or networks (with --forward or --backward), to this file")
     options = parser.parse_args()
     if options.plot:
         plot.pyplot()
@@ -388,6 +391,10 @@ def main() -> None:
         memory()
     if "edges" in wanted or not options.cases:
         edge_counts(500, options.compile)
+    if "epoch" in wanted:  # minutes, for those that compile
+        times = epoch(options.threads, options.save)
+        if options.plot:
+            plot.draw_epoch(times, options.plot, f"Training on batches of different sizes from a cold start, {machine}")
     if "models" in wanted or not options.cases:
         models(rounds, round_seconds, only, options.save)
     if "batches" in wanted or not options.cases:

@@ -1,10 +1,12 @@
-"""A picture of the networks that the benchmark saved: ``python tests/plot.py TABLE.json PICTURE.svg [TITLE]``."""
+"""Pictures of what the benchmark saved: ``python tests/plot.py TABLE.json PICTURE.svg [TITLE]``, of networks or of an
+epoch.
+"""
 
 from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 Table = Mapping[str, Mapping[str, float]]
@@ -84,6 +86,41 @@ def draw(table: Table, path: str, title: str) -> None:
     plt.close(figure)
 
 
+def draw_epoch(times: Mapping[str, Sequence[float]], path: str, title: str) -> None:
+    """Write a picture: seconds since the start at the end of each step, a line for each contestant.
+
+    Args:
+        times: what ``epoch --save`` writes.
+        path: of the picture; its ending is the format.
+        title: of the picture.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    plt = pyplot()
+    figure, axes = plt.subplots(figsize=(7.5, 3.2), layout="constrained")
+    colors = ("0.3", "#1b6ca8", "#63b0e8", "#7a5195", "#d95f02", "#e6a15c", "#2a9d6f")
+    lines = list(zip(times.items(), colors, strict=False))
+    for (name, seconds), color in sorted(lines, key=lambda line: -line[0][1][-1]):
+        steps = range(1, len(seconds) + 1)
+        axes.step(steps, seconds, where="post", color=color, label=f"{seconds[-1]:.3g} s  {name}", linewidth=1.4)
+    axes.set_yscale("log")
+    axes.set_xlabel("training step, each of another batch size")
+    axes.set_ylabel("seconds since the start")
+    axes.set_xlim(1, max(map(len, times.values())))
+    axes.set_title(title, fontsize=9)
+    axes.grid(axis="y", color="0.9", zorder=0)
+    axes.set_axisbelow(True)
+    axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False, fontsize=7)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    figure.savefig(path, dpi=150, metadata={"Date": None} if path.endswith(".svg") else None)
+    plt.close(figure)
+
+
 if __name__ == "__main__":
     with open(sys.argv[1]) as file:
-        draw(json.load(file), sys.argv[2], *(sys.argv[3:] or ["Networks from many fields"]))
+        saved = json.load(file)
+    is_epoch = all(isinstance(seconds, list) for seconds in saved.values())
+    title = sys.argv[3] if len(sys.argv) > 3 else "An epoch" if is_epoch else "Networks from many fields"
+    (draw_epoch if is_epoch else draw)(saved, sys.argv[2], title)

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from plot import draw, ratios
+from plot import draw, draw_epoch, ratios
 
 TABLE = {
     "far": {"ours": 1.0, "eager": 30.0, "fx": 4.0, "cotengra": 5.0},
@@ -34,7 +34,18 @@ def test_the_picture_names_each_network(tmp_path: Path) -> None:
     assert ">alone<" not in text
 
 
+def test_the_picture_of_an_epoch_says_when_each_is_done(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    path = tmp_path / "epoch.svg"
+    draw_epoch({"slow": [10.0, 20.5, 30.25], "fast": [0.5, 0.6, 0.7]}, str(path), "A title")
+    text = path.read_text()
+    assert ">30.2 s  slow<" in text and ">0.7 s  fast<" in text and ">A title<" in text
+    assert text.index("slow<") < text.index("fast<")
+
+
 def test_without_matplotlib_the_extra_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(ImportError, match=r"pip install 'lazy_einsum\[plot\]'"):
         draw(TABLE, str(tmp_path / "networks.svg"), "A title")
+    with pytest.raises(ImportError, match=r"pip install 'lazy_einsum\[plot\]'"):
+        draw_epoch({"fast": [0.5]}, str(tmp_path / "epoch.svg"), "A title")
