@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -15,6 +15,9 @@ Compile = Callable[[fx.GraphModule, Sequence[torch.Tensor]], Callable[..., Seque
 
 EAGER = "eager"
 """Generated Python code that calls torch: what runs where no backend does."""
+
+INDUCTOR = "inductor"
+"""Torch's own compiler."""
 
 _compiling = threading.RLock()  # torch's compilers patch their configuration, which all threads see, while they run
 
@@ -27,11 +30,18 @@ class Backend:
         name: as the user has it.
         compile: what it does.
         takes_fakes: whether tensors without data do as examples. Others are given zeros, as they may run the graph.
+        options: ``mode`` and ``options``, as the user gave them.
     """
 
     name: str
     compile: Compile
     takes_fakes: bool
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def has_disk_cache(self) -> bool:
+        """Whether what it makes is found in caches on disk, by other processes too."""
+        return self.compile.__class__ is _Compiler and self.name == INDUCTOR and _caches_on_disk()
 
 
 def find_backend(backend: str | Callable[..., Any], options: Mapping[str, Any]) -> Backend | None:
@@ -60,7 +70,7 @@ def find_backend(backend: str | Callable[..., Any], options: Mapping[str, Any]) 
             raise ValueError(f"backend {backend!r} is unknown; torch.compile knows {', '.join(known)}")
     name = backend if isinstance(backend, str) else getattr(backend, "__name__", type(backend).__name__)
     compiler = _Compiler(backend, options.get("mode"), dict(options.get("options") or {}))
-    return Backend(name, compiler, takes_fakes=backend == "inductor")
+    return Backend(name, compiler, takes_fakes=backend == INDUCTOR, options=dict(options))
 
 
 class _Compiler:
@@ -73,7 +83,7 @@ class _Compiler:
     """
 
     def __init__(self, backend: str | Callable[..., Any], mode: str | None, options: dict[str, Any]) -> None:
-        if backend == "inductor":
+        if backend == INDUCTOR:
             # Random numbers from torch's own generators, in eager's order.
             options = {"fallback_random": True, **options}
         try:
@@ -98,10 +108,17 @@ def as_torch_compile_does(
     instead of 19 for a call of the README's first benchmark.)
     """
     # (Some versions of torch have no types for these.)
-    wrapper: Any = torch._TorchCompileInductorWrapper if backend == "inductor" else torch._TorchCompileWrapper
-    given = (mode, options) if backend == "inductor" else (backend, mode, options)
+    wrapper: Any = torch._TorchCompileInductorWrapper if backend == INDUCTOR else torch._TorchCompileWrapper
+    given = (mode, options) if backend == INDUCTOR else (backend, mode, options)
     found: Callable[..., Any] = wrapper(*given, dynamic=False)
     return found
+
+
+def _caches_on_disk() -> bool:
+    """Whether Inductor looks for code on disk. (There is no public query.)"""
+    import torch._inductor.config as config
+
+    return bool(config.fx_graph_cache) and not config.force_disable_caches
 
 
 def _saved_are_kept() -> Any:

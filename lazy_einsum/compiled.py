@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import fx, nn
@@ -26,6 +26,7 @@ from .fakes import fake_mode, make_fake
 from .folds import Kept
 from .graph import EVERYTHING, facts, tensor_nodes, type_of
 from .live import LiveCall, set_attribute
+from .signature import TensorType
 from .specialize import Specialization, as_function, lift
 
 # They change what autograd knows of a tensor, or ask it; or call functions of the user's.
@@ -106,29 +107,72 @@ def compile_entry(entry: Specialization, backend: Backend, on_failure: OnFailure
     Raises:
         NotCompilableError: it can't, or the backend fails.
     """
-    ambient = dict(entry.signature.ambient)
-    parts = split(entry, ambient["grad"] and not ambient["inference"])
-    inputs = [node for node in parts.inner.nodes if node.op == "placeholder"]
-    with torch.inference_mode(False), torch.set_grad_enabled(ambient["grad"] and not ambient["inference"]):
-        with fake_mode() if backend.takes_fakes else nullcontext(), own_saved_tensors():
-            examples = [_example(node) for node in inputs]
-        module = fx.GraphModule(nn.Module(), _bare(parts.inner))
-        try:
-            with torch.random.fork_rng(devices=[]):
-                function = backend.compile(module, examples)
-        except Exception as error:
-            raise NotCompilableError(f"the backend {backend.name!r} failed", error) from error
+    given = given_to_backend(entry)
+    try:
+        function = compile_module(backend, given.module, given.types, given.grad)
+    except Exception as error:
+        raise NotCompilableError(f"the backend {backend.name!r} failed", error) from error
+    parts = given.parts
     eager = as_function(parts.inner)
-    parts.place.target = Compiled(function, eager, parts, ambient["autocast"], on_failure)
+    autocast = dict(entry.signature.ambient)["autocast"]
+    parts.place.target = Compiled(function, eager, parts, autocast, on_failure)
     return entry.source.finish(as_function(parts.outer, shared=False))
 
 
-def _example(node: fx.Node) -> torch.Tensor:
-    """A tensor like what ``node`` will give, of zeros where there is data; made outside of inference mode, in which
-    backends do not run.
+class Given(NamedTuple):
+    """What a backend is given.
+
+    Attributes:
+        parts: of the graph.
+        types: of the inputs of the inner part.
+        grad: whether autograd follows.
     """
-    known = type_of(node)
-    assert known is not None
+
+    parts: Parts
+    types: tuple[TensorType, ...]
+    grad: bool
+
+    @property
+    def module(self) -> fx.GraphModule:
+        """The inner part, without notes on its nodes: a backend may change it, and keep it."""
+        return fx.GraphModule(nn.Module(), _bare(self.parts.inner))
+
+
+def given_to_backend(entry: Specialization) -> Given:
+    """What a backend is given of ``entry``.
+
+    Raises:
+        NotCompilableError: no backend can be given it.
+    """
+    ambient = dict(entry.signature.ambient)
+    grad = ambient["grad"] and not ambient["inference"]
+    parts = split(entry, grad)
+    types = tuple(known for node in parts.inner.nodes if node.op == "placeholder" and (known := type_of(node)))
+    return Given(parts, types, grad)
+
+
+def compile_module(
+    backend: Backend, module: fx.GraphModule, types: Sequence[TensorType], grad: bool
+) -> Callable[..., Any]:
+    """What a backend makes of a graph; raises what it raises.
+
+    Args:
+        backend: what compiles.
+        module: the graph, which it may change.
+        types: of its inputs.
+        grad: whether autograd follows.
+    """
+    with torch.inference_mode(False), torch.set_grad_enabled(grad):
+        with fake_mode() if backend.takes_fakes else nullcontext(), own_saved_tensors():
+            examples = list(map(_example, types))
+        with torch.random.fork_rng(devices=[]):
+            return backend.compile(module, examples)
+
+
+def _example(known: TensorType) -> torch.Tensor:
+    """A tensor of this type, of zeros where there is data; made outside of inference mode, in which backends do not
+    run.
+    """
     example = make_fake(replace(known, requires_grad=False, is_leaf=True, is_inference=False))
     with torch.no_grad():
         example.zero_()
@@ -137,7 +181,7 @@ def _example(node: fx.Node) -> torch.Tensor:
 
 
 def _bare(graph: fx.Graph) -> fx.Graph:
-    """A copy without notes on its nodes: a backend may change it, and keep it."""
+    """A copy without notes on its nodes."""
     new = fx.Graph()
     values: dict[fx.Node, fx.Node] = {}
     for node in graph.nodes:

@@ -21,6 +21,7 @@ from torch.nn.parameter import is_lazy
 
 from . import ambient as ambient_module
 from . import logs
+from .ahead import compile_ahead
 from .ambient import profiling
 from .backends import EAGER, Backend
 from .cache import Cache, Family, Kind
@@ -65,6 +66,7 @@ class Settings:
     is_frozen: Callable[[str], bool]
     backend: Backend | None = None
     compile_after: int = 0
+    background: bool = True
 
 
 class Call(NamedTuple):
@@ -359,16 +361,25 @@ class Dispatcher:
     def _compile_hot(self, entry: Specialization, count: int) -> None:
         """Let the backend take over an entry that was called often enough.
 
-        In the thread of the call: while AOTAutograd traces, it keeps the state of torch's random generator and puts it
-        back, which in another thread would undo what this one draws meanwhile.
+        In the thread of the call, once another process has done what takes long; see ``ahead``.
         """
         if ambient_module.saved_tensor_hooks() is not None:
             entry.compile_at = -1  # a checkpoint will run this call again, and compares what both runs save
         elif count >= entry.compile_at and self.settings.backend is not None:
             with self.cache.building:
-                if entry.compile_at >= 0:
+                if entry.compile_at >= 0 and self._is_compiled_ahead(entry, self.settings.backend):
                     entry.compile_at = -1
-                    self._compile(entry, self.settings.backend)
+                    if entry.job is not None and entry.job.error:
+                        reason = "it could not be compiled in the background"
+                        self.run_as_eager(entry, NotCompilableError(f"{reason}: {entry.job.error}"))
+                    else:
+                        self._compile(entry, self.settings.backend)
+
+    def _is_compiled_ahead(self, entry: Specialization, backend: Backend) -> bool:
+        """Whether nothing compiles ``entry`` ahead, or what does is done."""
+        if self.settings.background and entry.job is None:
+            entry.job = compile_ahead(entry, backend)
+        return entry.job is None or entry.job.is_done
 
     def _compile(self, entry: Specialization, backend: Backend) -> None:
         """Let ``backend`` run ``entry``. (Not generic code: the sizes that it is for come rarely.)"""

@@ -116,6 +116,9 @@ class OptimizedModule(nn.Module):
         backend_options: ``mode`` and ``options`` of the backend, as ``torch.compile`` takes them.
         compile_after: so many calls of each signature run as ``"eager"`` before the backend is asked: what comes rarely
             never waits for a compiler.
+        background: whether Inductor, after these calls, compiles in a process of its own (of less priority than this
+            one) while calls go on as ``"eager"``. What is left for a call then is to look the code up in the caches on
+            disk. Other backends compile in the call.
         on_untraceable: what to do with a call that can't be traced, after which the child runs as it is: ``"warn"``
             (once for each reason), ``"ignore"``, or ``"raise"``.
         leaf_modules: types or qualified names of submodules that stay live calls and are not traced through.
@@ -162,6 +165,7 @@ class OptimizedModule(nn.Module):
         saved_limit: float | None = SAVED_LIMIT,
         backend_options: Mapping[str, Any] | None = None,
         compile_after: int = 0,
+        background: bool = True,
     ) -> None:
         if not callable(module):
             raise TypeError(f"OptimizedModule wraps an nn.Module or a callable, got {type(module).__name__}")
@@ -171,6 +175,8 @@ class OptimizedModule(nn.Module):
             raise ValueError(f"on_untraceable must be one of {_ON_UNTRACEABLE}, got {on_untraceable!r}")
         if isinstance(compile_after, bool) or not isinstance(compile_after, int) or compile_after < 0:
             raise ValueError(f"compile_after must be an integer of at least 0, got {compile_after!r}")
+        if not isinstance(background, bool):
+            raise ValueError(f"background must be True or False, got {background!r}")
         for name, value in (("reassociate", reassociate), ("dynamic", dynamic)):
             if value not in (None, True, False):
                 raise ValueError(f"{name} must be None, True or False, got {value!r}")
@@ -195,6 +201,7 @@ class OptimizedModule(nn.Module):
             "saved_limit": saved_limit,
             "backend_options": dict(backend_options or {}),
             "compile_after": compile_after,
+            "background": background,
         }
         own: dict[str, Any] = {"module": module, "_settings": settings, "_dispatcher": _dispatcher(module, settings)}
         # Not in __new__, which would hide the options from those who ask for the signature of the class.
@@ -495,6 +502,7 @@ def _dispatcher(module: Any, settings: Mapping[str, Any]) -> WholeDispatcher:
         _frozen_test(module, settings["frozen"]),
         find_backend(settings["backend"], settings["backend_options"]),
         settings["compile_after"],
+        settings["background"],
     )
     return WholeDispatcher("", chosen, Cache(settings["maxsize"]))
 

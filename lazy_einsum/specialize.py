@@ -149,6 +149,7 @@ class Specialization:
         tier: what runs it: ``"eager"``, or the name of a backend.
         reason: why no backend runs it, where one is to; an empty string where that is not known.
         compile_at: number of the hit at which a backend is to take over.
+        job: what compiles it ahead, where something does.
         run_named: the same, each contraction under a name that torch's profilers show.
         used: when it was used last, in calls of its cache.
         folds: what it computes once, of frozen tensors only.
@@ -169,6 +170,7 @@ class Specialization:
         "folds",
         "guard",
         "is_generic",
+        "job",
         "orders",
         "plans",
         "reason",
@@ -209,6 +211,7 @@ class Specialization:
         self.guard = guard
         self.source = source
         self.tier, self.reason, self.compile_at = EAGER, "", -1
+        self.job: Any = None
         self.run = self.eager()
         self.run_named = run_named
         self.used = 0

@@ -73,6 +73,7 @@ RANKS = {
     "witness": 4,
     "specialize": 8,
     "compiled": 9,
+    "ahead": 9.5,
     "verify": 9,
     "cache": 9,
     "misses": 3,

@@ -79,8 +79,8 @@ PASSES: tuple[tuple[str, Callable[[Options], Pass]], ...] = (
 )
 
 OF_SIZES = frozenset({"join_reshaped", "split_slices", "lower"})
-"""Passes that write sizes into the code, as numbers or as the expressions of ``sizes``: what they make of sizes of which
-only an example is known does not hold for others.
+"""Passes that write sizes into the code, as numbers or as the expressions of ``sizes``. What they make of sizes of
+which only an example is known does not hold for others.
 """
 
 FOLD: tuple[str, Callable[[Options], Pass]] = ("fold", lambda options: fold(options.memory_limit))
