@@ -116,12 +116,17 @@ def _add_input(parser: argparse.ArgumentParser) -> None:
 def _add_report_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--no-grad", action="store_true", help="the call runs without gradients")
     parser.add_argument("--measure", action="store_true", help="time each step on random tensors")
+    parser.add_argument(
+        "--measure-orders",
+        action="store_true",
+        help="time the few best orders of each network, and take the fastest (at most a second for each)",
+    )
     parser.add_argument("--json", action="store_true", help="print data")
     parser.add_argument("--html", metavar="FILE", help="write a page")
 
 
 def _show(child: Any, types: Sequence[tuple[list[int], torch.dtype | None]], options: argparse.Namespace) -> None:
-    model = OptimizedModule(child, on_untraceable="raise")
+    model = OptimizedModule(child, optimize="measure" if options.measure_orders else "auto", on_untraceable="raise")
     operands = _operands(types)
     with torch.no_grad() if options.no_grad else contextlib.nullcontext():
         model.prepare(*operands)  # raises where the model can't be traced

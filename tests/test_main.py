@@ -100,6 +100,27 @@ def test_a_model_is_explained(name: str, capsys: pytest.CaptureFixture[str], mon
     assert printed.startswith("Thin: 1 of at most 64") and f"{__file__}:" in printed and " a  f32[64, 64]" in printed
 
 
+@pytest.mark.parametrize("arguments", [EINSUM, ["explain", "test_main:Thin", "--input", "2x64", "--no-grad"]])
+def test_orders_can_be_measured(
+    arguments: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(Path(__file__).parent)
+    optimizers = []
+    for options in ([], ["--measure-orders"]):
+        assert main([*arguments, "--json", *options]) == 0
+        (entry,) = json.loads(capsys.readouterr().out)["specializations"]
+        (network,) = entry["networks"]
+        optimizers.append(network["optimizer"])
+    assert "measurement" not in optimizers[0]
+    assert re.fullmatch("measurement: .* us, of others .*", optimizers[1])
+
+
+def test_orders_of_tensors_without_data_are_not_measured(capsys: pytest.CaptureFixture[str]) -> None:
+    huge = "10000000x10000000"
+    assert main(["ij,jk,k->i", huge, huge, "10000000", "--no-grad", "--measure-orders"]) == 0
+    assert "order by measurement" not in capsys.readouterr().out
+
+
 def test_shapes_larger_than_memory(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["ij,jk,k->i", "10000000x10000000", "10000000x10000000", "10000000", "--no-grad"]) == 0
     assert "mv" in capsys.readouterr().out
@@ -263,6 +284,7 @@ def test_bench_sets_threads_and_takes_turns() -> None:
         seen.append(torch.get_num_threads())
         return x
 
+    torch.manual_seed(7)
     before, state = torch.get_num_threads(), torch.get_rng_state()
     bench.bench_model(first, [torch.ones(2)], rounds=1, threads=before + 1)
     assert set(seen) == {before + 1} and torch.get_num_threads() == before
