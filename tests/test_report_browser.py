@@ -53,6 +53,22 @@ TOUCHING = """[...document.querySelectorAll("svg")].flatMap(svg => {
     ([a, b, s]) => Math.hypot(x - a, y - b) < r + s).map(other => [x, y, ...other]));
 })"""
 
+# Pairs of lines of one tree that cross on the way from what they start at to what they end at.
+CROSSING = """[...document.querySelectorAll("svg")].flatMap(svg => {
+  const lines = [...svg.querySelectorAll("path")].map(path => {
+    const length = path.getTotalLength(), steps = [...Array(41).keys()];
+    return steps.map(n => path.getPointAtLength(length * n / 40)).map(({x, y}) => [x, y]);
+  });
+  const side = ([a, b], [c, d], [x, y]) => Math.sign((c - a) * (y - b) - (d - b) * (x - a));
+  const meet = (a, b, c, d) => side(a, b, c) * side(a, b, d) < 0 && side(c, d, a) * side(c, d, b) < 0;
+  const box = line => [0, 1].map(at => line.map(point => point[at])).map(of => [Math.min(...of), Math.max(...of)]);
+  const boxes = lines.map(box), apart = ([a, b], [c, d]) => b < c || d < a;
+  return lines.flatMap((one, n) => lines.slice(n + 1).filter((other, m) => {
+    if (boxes[n].some((span, at) => apart(span, boxes[n + 1 + m][at]))) return false;
+    return one.slice(1).some((b, i) => other.slice(1).some((d, j) => meet(one[i], b, other[j], d)));
+  }).map(other => [one[0], one[40], other[0], other[40]]));
+})"""
+
 # What is wider than its place, where nothing around it can be scrolled.
 CUT_OFF = """[...document.querySelectorAll("body *")].filter(element => {
   const {clientWidth, scrollWidth} = element;
@@ -160,6 +176,7 @@ def test_nothing_is_cut_off_and_nothing_overlaps(chrome: Chrome, page: tuple[Rep
         assert tab.evaluate(CUT_OFF) == []
         assert tab.evaluate("document.documentElement.scrollWidth") <= width
         assert tab.evaluate(TOUCHING) == []
+        assert tab.evaluate(CROSSING) == []
 
 
 def test_the_code_of_each_stage_is_reached_by_keyboard(chrome: Chrome, page: tuple[Report, Path]) -> None:
@@ -184,7 +201,7 @@ def test_the_code_of_each_stage_is_reached_by_keyboard(chrome: Chrome, page: tup
         assert tab.evaluate(is_shown) == stages
         tab.press("Tab")
         assert tab.evaluate(FOCUS) == {"tag": "DIV", "name": "code of every stage", "ring": True}
-        for _ in range(500):
+        for _ in range(300):
             tab.press("ArrowRight")
         # The last stage comes into the window.
         tab.wait_until(f"[...{code}].at(-1).getBoundingClientRect().left < innerWidth")
@@ -197,10 +214,11 @@ def test_the_checks_see_what_they_look_for(chrome: Chrome, tmp_path: Path) -> No
         """<!doctype html><body><main style="width: 2000px; color: #999">grey</main><img src="http://127.0.0.1:9/x">
         <div style="width: 50px; overflow: hidden">averylongwordthatdoesnotfit</div>
         <svg><g><circle cx="9" cy="9" r="9" fill="#888"/><text fill="#777">1</text></g>
-        <circle cx="12" cy="9" r="9"/></svg><script>console.error("one"); throw new Error("two")</script>"""
+        <circle cx="12" cy="9" r="9"/><path d="M0 0L9 8"/><path d="M0 8L9 0"/><path d="M0 4L1 9"/>
+        </svg><script>console.error("one"); throw new Error("two")</script>"""
     )
     with chrome.open(file.as_uri(), dark=True) as tab:
         assert len(tab.problems) >= 2 and "http://127.0.0.1:9/x" in tab.requests
         assert {text["words"] for text in tab.evaluate(CONTRASTS) if text["contrast"] < 4.5} == {"grey", "1"}
         assert "DIV" in tab.evaluate(CUT_OFF) and tab.evaluate("document.documentElement.scrollWidth") > WIDE
-        assert len(tab.evaluate(TOUCHING)) == 1
+        assert len(tab.evaluate(TOUCHING)) == 1 and len(tab.evaluate(CROSSING)) == 1
