@@ -106,7 +106,6 @@ def with_long_texts() -> Report:
 REPORTS = {
     "layers": lambda: layers_report(measure=True),
     "forty": many_operands,
-    "all": report_with_all,
     "long": with_long_texts,
 }
 
