@@ -296,6 +296,18 @@ def test_bench_sets_threads_and_takes_turns() -> None:
     assert "".join(calls) == "ab" + "aabb" * 3
 
 
+def test_bench_shows_its_progress(monkeypatch: pytest.MonkeyPatch) -> None:
+    bars: list[tuple[int, str]] = []
+
+    def watched(items: range, total: int, what: str) -> range:
+        bars.append((total, what))
+        return items
+
+    monkeypatch.setattr(bench, "with_progress", watched)
+    bench.bench_einsum("ij,jk->ik", [torch.ones(2, 2)] * 2, backward=True, rounds=2)
+    assert bars == [(2, "rounds, forward"), (2, "rounds, backward")]
+
+
 # --- progress ---------------------------------------------------------------------------------------------------------
 
 
