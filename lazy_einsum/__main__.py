@@ -15,19 +15,26 @@ from typing import Any, NoReturn
 import torch
 
 from . import cost
+from .bench import ROUNDS, ResultsDifferError, bench_einsum, bench_model
 from .calibrate import GROUPS, fit, measure, misfit
 from .errors import LazyEinsumError
 from .module import OptimizedModule
 from .progress import with_progress
 from .report import Report
+from .signature import TensorType, contiguous_strides
 from .spec import EinsumSpec
+from .stopwatch import random_tensor
 
 _COMMANDS = """\
   "EQUATION" SHAPE ...   how an einsum of operands of these shapes runs: order, costs, code (python -m lazy_einsum
                          "ij,jk,kl->il" 10x20 20x30 30x40)
   explain                the same for a model (python -m lazy_einsum explain package.module:factory --input 32x128)
+  bench                  how long either takes beside torch.einsum and other libraries (python -m lazy_einsum bench
+                         "ij,jk,kl->il" 10x20 20x30 30x40)
   calibrate              measure this machine for the cost model (python -m lazy_einsum calibrate machine.json)
 """
+
+_MODEL = "package.module:name of a module, or of what makes one when it is called without arguments"
 
 
 class _Parser(argparse.ArgumentParser):
@@ -39,9 +46,15 @@ class _Parser(argparse.ArgumentParser):
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; the exit status: 2 where it fails, with one line on standard error."""
+    """Run a command; the exit status: 2 where it fails, with one line on standard error; 1 if that is because results
+    that ``bench`` compares differ.
+    """
     given = list(sys.argv[1:] if arguments is None else arguments)
-    commands: dict[str, Callable[[list[str]], None]] = {"calibrate": _calibrate, "explain": _explain}
+    commands: dict[str, Callable[[list[str]], None]] = {
+        "bench": _bench,
+        "calibrate": _calibrate,
+        "explain": _explain,
+    }
     command = commands.get(given[0] if given else "")
     try:
         if command is not None:
@@ -51,7 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception as error:  # a model's own code may raise anything
         kind = "" if isinstance(error, (LazyEinsumError, OSError, ImportError, ValueError)) else type(error).__name__
         print(f"error: {': '.join(filter(None, (kind, ' '.join(str(error).split()))))}", file=sys.stderr)
-        return 2
+        return 1 if isinstance(error, ResultsDifferError) else 2
     return 0
 
 
@@ -69,7 +82,7 @@ def _einsum(arguments: list[str]) -> None:
     parser.add_argument(
         "shapes", nargs="+", type=_tensor, metavar="SHAPE", help="of each operand: 10x20, 10x20:float64"
     )
-    _add_options(parser)
+    _add_report_options(parser)
     options = parser.parse_args(arguments)
 
     def einsum(*operands: torch.Tensor) -> Any:
@@ -82,9 +95,14 @@ def _einsum(arguments: list[str]) -> None:
 
 def _explain(arguments: list[str]) -> None:
     parser = _Parser(prog="python -m lazy_einsum explain", description="How the einsums of a model run, and why.")
-    parser.add_argument(
-        "model", help="package.module:name of a module, or of what makes one when it is called without arguments"
-    )
+    parser.add_argument("model", help=_MODEL)
+    _add_input(parser)
+    _add_report_options(parser)
+    options = parser.parse_args(arguments)
+    _show(_load(options.model), options.input, options)
+
+
+def _add_input(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--input",
         action="append",
@@ -93,20 +111,22 @@ def _explain(arguments: list[str]) -> None:
         metavar="SHAPE",
         help="of a tensor argument: 32x128, 32x128:int64; once for each argument, in order",
     )
-    _add_options(parser)
-    options = parser.parse_args(arguments)
-    _show(_load(options.model), options.input, options)
 
 
-def _add_options(parser: argparse.ArgumentParser) -> None:
+def _add_report_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--no-grad", action="store_true", help="the call runs without gradients")
     parser.add_argument("--measure", action="store_true", help="time each step on random tensors")
+    parser.add_argument(
+        "--measure-orders",
+        action="store_true",
+        help="time the few best orders of each network, and take the fastest (at most a second for each)",
+    )
     parser.add_argument("--json", action="store_true", help="print data")
     parser.add_argument("--html", metavar="FILE", help="write a page")
 
 
-def _show(child: Any, types: Sequence[tuple[list[int], torch.dtype]], options: argparse.Namespace) -> None:
-    model = OptimizedModule(child, on_untraceable="raise")
+def _show(child: Any, types: Sequence[tuple[list[int], torch.dtype | None]], options: argparse.Namespace) -> None:
+    model = OptimizedModule(child, optimize="measure" if options.measure_orders else "auto", on_untraceable="raise")
     operands = _operands(types)
     with torch.no_grad() if options.no_grad else contextlib.nullcontext():
         model.prepare(*operands)  # raises where the model can't be traced
@@ -121,19 +141,24 @@ def _show(child: Any, types: Sequence[tuple[list[int], torch.dtype]], options: a
         print(report)
 
 
-def _tensor(text: str) -> tuple[list[int], torch.dtype]:
-    """``32x128:int64`` as a shape and a dtype."""
-    sizes, _, name = text.partition(":")
-    dtype = getattr(torch, name or "float32", None)
-    if not isinstance(dtype, torch.dtype):
-        raise argparse.ArgumentTypeError(f"{name!r} is no dtype of torch; expected one as in 10x20:float64")
+def _tensor(text: str) -> tuple[list[int], torch.dtype | None]:
+    """``32x128:int64`` as a shape and a dtype, if it names one."""
+    sizes, colon, name = text.partition(":")
+    dtype = _dtype(name) if colon else None
     parts = sizes.split("x") if sizes not in ("", "scalar") else []
     if not all(part.isdigit() for part in parts):
         raise argparse.ArgumentTypeError(f"{text!r} is no shape; expected one as 10x20, or scalar")
     return list(map(int, parts)), dtype
 
 
-def _operands(types: Sequence[tuple[list[int], torch.dtype]]) -> list[torch.Tensor]:
+def _dtype(name: str) -> torch.dtype:
+    dtype = getattr(torch, name, None)
+    if not isinstance(dtype, torch.dtype):
+        raise argparse.ArgumentTypeError(f"{name!r} is no dtype of torch; expected one as in 10x20:float64")
+    return dtype
+
+
+def _operands(types: Sequence[tuple[list[int], torch.dtype | None]]) -> list[torch.Tensor]:
     """Tensors whose elements nobody reads: without memory where there is not enough."""
     try:
         return [torch.empty(shape, dtype=dtype) for shape, dtype in types]
@@ -161,14 +186,71 @@ def _load(name: str) -> Any:
     return model
 
 
+# --- times ------------------------------------------------------------------------------------------------------------
+
+
+def _bench(arguments: list[str]) -> None:
+    parser = _Parser(
+        prog="python -m lazy_einsum bench",
+        description="How long an einsum takes beside torch.einsum and other libraries, or a model wrapped in "
+        "OptimizedModule beside the model as it is; in turns, in one process.",
+    )
+    parser.add_argument("subject", metavar="EQUATION|MODEL", help=f'"ij,jk,kl->il", or {_MODEL}')
+    parser.add_argument(
+        "shapes", nargs="*", type=_tensor, metavar="SHAPE", help="of each operand of an equation: 10x20, 10x20:float64"
+    )
+    _add_input(parser)
+    parser.add_argument(
+        "--dtype", type=_dtype, default=torch.float32, help="of the shapes that name none (default: float32)"
+    )
+    parser.add_argument("--backward", action="store_true", help="time calls with their gradients too")
+    parser.add_argument("--rounds", type=_at_least(1), default=ROUNDS, help=f"of all in turns (default: {ROUNDS})")
+    parser.add_argument("--threads", type=_at_least(1), default=1, help="of torch (default: 1)")
+    parser.add_argument("--json", action="store_true", help="print data")
+    options = parser.parse_intermixed_args(arguments)
+    is_model = ":" in options.subject
+    if options.shapes if is_model else options.input:
+        raise ValueError(
+            f"{options.subject!r} is {'a model' if is_model else 'an equation'}; expected its shapes "
+            f"{'behind --input, once for each argument' if is_model else 'as plain arguments, without --input'}"
+        )
+    settings = {"backward": options.backward, "rounds": options.rounds, "threads": options.threads}
+    tensors = [
+        _random(shape, dtype or options.dtype, seed)
+        for seed, (shape, dtype) in enumerate(options.input if is_model else options.shapes)
+    ]
+    if is_model:
+        found = bench_model(_load(options.subject), tensors, **settings)
+    else:
+        found = bench_einsum(options.subject, tensors, **settings)
+    print(json.dumps(found.to_dict(), indent=1) if options.json else found)
+
+
+def _random(shape: Sequence[int], dtype: torch.dtype, seed: int) -> torch.Tensor:
+    known = TensorType(tuple(shape), dtype, torch.device("cpu"), contiguous_strides(shape))
+    return random_tensor(known, seed)
+
+
+def _at_least(least: int) -> Callable[[str], int]:
+    """What reads a whole number."""
+
+    def read(text: str) -> int:
+        if not text.isdigit() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"{text!r} is no number of at least {least}")
+        return int(text)
+
+    return read
+
+
 # --- this machine -----------------------------------------------------------------------------------------------------
 
 
 def _calibrate(arguments: list[str]) -> None:
     parser = _Parser(prog="python -m lazy_einsum calibrate", description="Measure this machine for the cost model.")
     parser.add_argument("file", nargs="?", default="machine.json", help="what to write (default: machine.json)")
+    least = 5  # some of each kind
     parser.add_argument(
-        "--samples", type=_samples, default=2000, help="calls of torch to time (default: 2000, a minute)"
+        "--samples", type=_at_least(least), default=2000, help="calls of torch to time (default: 2000, a minute)"
     )
     options = parser.parse_args(arguments)
     if not Path(options.file).absolute().parent.is_dir():
@@ -181,13 +263,6 @@ def _calibrate(arguments: list[str]) -> None:
         own = [sample for sample in samples if sample.group == group]
         print(f"  {group:8} {misfit(cost.CPU, own):.2f} before, {misfit(found, own):.2f} now")
     print(f"To plan for this machine: export LAZY_EINSUM_MACHINE={Path(options.file).absolute()}")
-
-
-def _samples(text: str) -> int:
-    least = 5
-    if not text.isdigit() or int(text) < least:
-        raise argparse.ArgumentTypeError(f"{text!r} is no number of at least {least}: some of each kind are needed")
-    return int(text)
 
 
 if __name__ == "__main__":

@@ -119,8 +119,9 @@ def svg(drawing: Drawing, label: str) -> str:
     ]
     for line in drawing.lines:
         (x, y), (to_x, to_y) = places[line.start], places[line.end]
-        half = (y + to_y) / 2
-        curve = f"M{x:.0f} {y:.0f}C{x:.0f} {half:.0f} {to_x:.0f} {half:.0f} {to_x:.0f} {to_y:.0f}"
+        # Straight down to the row above its end: on the way nothing else is in this column, so that no lines cross.
+        turn, half = to_y - _ROW, to_y - _ROW / 2
+        curve = f"M{x:.0f} {y:.0f}V{turn:.0f}C{x:.0f} {half:.0f} {to_x:.0f} {half:.0f} {to_x:.0f} {to_y:.0f}"
         parts.append(f'<path d="{curve}" stroke-width="{line.width:.1f}"/>')
     for spot, (x, y) in zip(drawing.spots, places, strict=True):
         kind = "leaf" if spot.level < 0 else f"l{spot.level}"

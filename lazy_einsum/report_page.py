@@ -17,15 +17,17 @@ _OPEN = 8
 
 _STYLE = (
     """
-.lazy-einsum { --ink: #1c2126; --soft: #5a6572; --paper: #ffffff; --card: #f4f6f8; --rule: #d5dbe1; --mark: #0b5cad;
+.lazy-einsum, body:has(> .lazy-einsum) { --ink: #1c2126; --soft: #5a6572; --paper: #ffffff; --card: #f4f6f8;
+  --rule: #d5dbe1; --mark: #0b5cad;
   --h0: #c9ddf0; --h1: #a9d3b0; --h2: #ecd67c; --h3: #f0a35e; --h4: #e2695f; --on: #14181c;
   color: var(--ink); background: var(--paper); font: 15px/1.45 system-ui, sans-serif; color-scheme: light dark; }
-@media (prefers-color-scheme: dark) { .lazy-einsum { --ink: #e4e8ec; --soft: #9aa7b4; --paper: #14181c; --card: #1e242a;
-  --rule: #37414b; --mark: #7db7f0; --h0: #3f6486; --h1: #47825a; --h2: #9a8428; --h3: #b5692a; --h4: #c04a43;
-  --on: #ffffff; } }
+@media (prefers-color-scheme: dark) { .lazy-einsum, body:has(> .lazy-einsum) { --ink: #e4e8ec; --soft: #9aa7b4;
+  --paper: #14181c; --card: #1e242a; --rule: #37414b; --mark: #7db7f0; --h0: #3f6486; --h1: #427a54; --h2: #847020;
+  --h3: #a65e22; --h4: #bc4740; --on: #ffffff; } }
+:root:has(> body > .lazy-einsum) { color-scheme: light dark; }
 body:has(> .lazy-einsum) { margin: 0; }
 .lazy-einsum { padding: 1.2rem clamp(.8rem, 3vw, 2.5rem); }
-.lazy-einsum h1 { font-size: 1.5rem; margin: 0 0 .3rem; }
+.lazy-einsum h1 { font-size: 1.5rem; margin: 0 0 .3rem; overflow-wrap: anywhere; }
 .lazy-einsum h2 { font-size: 1.1rem; margin: 1.8rem 0 .4rem; overflow-wrap: anywhere; }
 .lazy-einsum h3 { font-size: 1rem; margin: 1rem 0 .3rem; }
 .lazy-einsum p { margin: .3rem 0; overflow-wrap: anywhere; }
@@ -44,7 +46,7 @@ body:has(> .lazy-einsum) { margin: 0; }
 .lazy-einsum :focus-visible { outline: 2px solid var(--mark); outline-offset: 2px; }
 .lazy-einsum .row { display: flex; flex-wrap: wrap; gap: 1rem 2rem; align-items: flex-start; }
 .lazy-einsum .scroll { overflow-x: auto; max-width: 100%; }
-.lazy-einsum figure { margin: 0; }
+.lazy-einsum figure { margin: 0; max-width: 100%; }
 .lazy-einsum .stages { display: flex; gap: 1rem; overflow-x: auto; padding-bottom: .5rem; }
 .lazy-einsum .stages section { flex: none; max-width: 46rem; overflow-x: auto; border-left: 3px solid var(--rule);
   padding-left: .7rem; }
@@ -91,7 +93,8 @@ def _body(report: Report) -> Iterator[str]:
     cells = [f"{value:.3f}" if isinstance(value, float) else str(value) for value in cache.values()]
     yield _table("Cache", [name.replace("_", " ") for name in cache], [cells], numbers=range(len(cells)))
     if report.parts:
-        yield _table("Submodules", ["name", "what became of it"], [list(item) for item in report.parts.items()])
+        rows = [list(item) for item in report.parts.items()]
+        yield _table("Submodules", ["name", "what became of it"], rows, wide=[0, 1])
     if report.misses:
         rows = [[miss.signature, miss.reason, seconds(miss.seconds)] for miss in reversed(report.misses)]
         yield _table("Last misses, the last one first", ["call", "why", "building"], rows, numbers=[2], wide=[0, 1])
@@ -142,8 +145,9 @@ def _network(number: int, network: NetworkReport) -> Iterator[str]:
     if written is not None and written.steps:
         yield _figure("as written", written, most)
     yield _figure("optimized" + f" (order by {network.optimizer})" * (len(optimized.steps) > 1), optimized, most)
-    yield _comparison(network)
-    yield "</div>"
+    yield _table("", ["", "naive", "as written", "optimized"], compared(network), [1, 2, 3]) + "</div>"
+    if network.unmeasured:
+        yield f"<p>As written it was not timed: {escape(network.unmeasured)}.</p>"
     legend = "".join(f'<i class="l{level}"></i>' for level in range(LEVELS))
     yield f'<p class="soft legend">Few FLOPs {legend} many. Wider lines are larger tensors. Rings are operands.</p>'
     timed = optimized.measured_seconds is not None
@@ -190,12 +194,6 @@ def _figure(title: str, order: OrderReport, most: int) -> str:
     label = f"contraction tree {title}: {len(order.operands)} operands, {len(order.steps)} steps"
     tree = svg(draw(order, most), label)
     return f'<figure><figcaption>{escape(title)}</figcaption><div class="scroll" tabindex="0">{tree}</div></figure>'
-
-
-def _comparison(network: NetworkReport) -> str:
-    table = _table("", ["", "naive", "as written", "optimized"], compared(network), [1, 2, 3])
-    reason = network.unmeasured
-    return table + (f"<p>As written it was not timed: {escape(reason)}.</p>" if reason else "")
 
 
 def _table(

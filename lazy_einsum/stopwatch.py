@@ -25,11 +25,11 @@ MOST_SECONDS = 1.0
 """All is over after so long; a run that is under way ends first."""
 
 
-def random_tensor(known: TensorType) -> torch.Tensor:
+def random_tensor(known: TensorType, seed: int = 0) -> torch.Tensor:
     """A random tensor of a type; small integers. No random generator of the user's is asked."""
     shape, stride = tuple(map(int, known.shape)), tuple(map(int, known.stride))
     tensor = torch.empty_strided(shape, stride, dtype=known.dtype, device=known.device)
-    generator = torch.Generator(known.device).manual_seed(0)
+    generator = torch.Generator(known.device).manual_seed(seed)
     # A dimension that repeats its memory can't be written as a whole.
     span = 1 + sum((size - 1) * step for size, step in zip(shape, stride, strict=True))
     memory = tensor.as_strided((span,), (1,)) if tensor.numel() else tensor
@@ -65,6 +65,20 @@ def is_here(kind: str) -> bool:
         devices += [torch.device(accelerator.type, number) for number in range(torch.accelerator.device_count())]
     # Only those of the type in question are asked: to ask one for its name starts it.
     return any(kind == device_kind(device) for device in devices if kind.startswith(device.type))
+
+
+def mean_seconds(
+    call: Callable[[], Any],
+    times: int,
+    wait: Callable[[], Any] = lambda: None,
+    clock: Callable[[], float] = time.perf_counter,
+) -> float:
+    """Seconds of a call, the mean of so many; ``wait`` and ``clock`` as in ``time_in_turns``."""
+    start = clock()
+    for _ in range(times):
+        call()
+    wait()
+    return (clock() - start) / times
 
 
 def time_programs(programs: Sequence[Program], types: Sequence[TensorType]) -> list[list[float]]:
@@ -113,14 +127,7 @@ def time_in_turns(
         wait: waits until what a call has started is done.
         clock: tells the time, in seconds.
     """
-
-    def seconds(call: Callable[[], Any], times: int) -> float:
-        start = clock()
-        for _ in range(times):
-            call()
-        wait()
-        return (clock() - start) / times
-
+    seconds = partial(mean_seconds, wait=wait, clock=clock)
     end = clock() + MOST_SECONDS
     repeats = [0] * len(calls)
     for place, call in enumerate(calls):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import statistics
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -20,7 +19,7 @@ from .program import Value, compile_program, operate
 from .report import NetworkReport, OrderReport
 from .report_text import n_bytes
 from .running import Part, plain_program
-from .stopwatch import random_tensor, synchronize
+from .stopwatch import mean_seconds, random_tensor, synchronize
 
 _SECONDS = 0.05
 """A network is run for so long, in each of its orders."""
@@ -74,22 +73,12 @@ def _devices(network: Network) -> list[torch.device]:
 
 def _time(call: Callable[[], Any], devices: Sequence[torch.device]) -> float:
     """Median seconds of a call, of as many as fit into the time."""
-    call()
-    synchronize(devices)
-    start = time.perf_counter()
-    call()
-    synchronize(devices)
-    once = max(time.perf_counter() - start, 1e-7)
+    seconds = partial(mean_seconds, call, wait=partial(synchronize, devices))
+    seconds(1)  # the first run is slower
+    once = max(seconds(1), 1e-7)
     rounds = max(1, min(9, int(_SECONDS / once)))
     times = max(1, min(1000, int(_SECONDS / rounds / once)))
-    found = []
-    for _ in range(rounds):
-        start = time.perf_counter()
-        for _ in range(times):
-            call()
-        synchronize(devices)
-        found.append((time.perf_counter() - start) / times)
-    return statistics.median(found)
+    return statistics.median(seconds(times) for _ in range(rounds))
 
 
 def _step_seconds(network: Network) -> list[float]:

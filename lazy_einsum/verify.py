@@ -4,7 +4,7 @@ two differ, to name the pass at fault.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -70,13 +70,13 @@ class Verifier:
             result.append(entry.run(*values))
             return result[0]
 
-        difference = _difference(expected, self._observe(specialized))
-        if difference is None:
+        found = difference(expected, self._observe(specialized))
+        if found is None:
             return result[0]
         inputs = values[: len(values) - len(entry._state)]
         raise LazyEinsumError(
             f"{type(self._child).__name__}{entry.signature}: the specialized code gives another result than the "
-            f"module itself: {difference}; "
+            f"module itself: {found}; "
             f"the first stage that does is {self._first_wrong(entry, expected, inputs)!r} (see "
             "specializations[...].stages)"
         )
@@ -91,7 +91,7 @@ class Verifier:
             def stage_run(run: Callable[..., Any] = run, state: list[Any] = state) -> Any:
                 return run(*inputs, *state)
 
-            if _difference(expected, self._observe(stage_run)) is not None:
+            if difference(expected, self._observe(stage_run)) is not None:
                 return stage.name
         return "compile" if entry.tier == EAGER else f"backend {entry.tier!r}"
 
@@ -117,7 +117,18 @@ class Verifier:
         return list({id(tensor): tensor for tensor in found}.values())
 
 
-def _difference(expected: list[Any], found: list[Any]) -> str | None:
+def difference(expected: Sequence[Any], found: Sequence[Any]) -> str | None:
+    """How values differ beyond rounding, in words; ``None`` where they do not.
+
+    Args:
+        expected: tensors and Python values.
+        found: what is held against them, in the same order.
+
+    >>> difference([torch.ones(2)], [torch.ones(2) + 1e-6]) is None
+    True
+    >>> difference([torch.ones(2)], [torch.zeros(2)])
+    'value 0 differs by up to 1, where values are up to 1'
+    """
     if len(expected) != len(found):
         return f"{len(found)} values, expected {len(expected)}"
     for number, (a, b) in enumerate(zip(expected, found, strict=True)):
