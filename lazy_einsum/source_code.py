@@ -23,7 +23,6 @@ from .argument_names import argument_names
 from .calls import HOOKS
 from .data import Structure
 from .errors import LazyEinsumError
-from .folds import Fold
 from .graph import empty_like, type_of
 from .live import LiveCall, set_attribute
 from .record import Result
@@ -67,7 +66,7 @@ def module_source(program: Program) -> str:
     code = _write(program, names.values(), registered)
     parts = [
         f'"""{_quotable(_description(program, name, names, registered))}\n"""',
-        "\n".join(_imports(code)),
+        "\n".join(_imports(code, program.conditions)),
         _check_function(program, names),
         _class(program, name, registered, code.src),
     ]
@@ -191,31 +190,10 @@ def _write(program: Program, names: Collection[str], registered: Mapping[str, _R
                 values[node] = new.create_node("get_attr", registered[node.target].name, name=node.name)
         elif node.op == "output":
             new.output(_result(new, program.result, fx.map_arg(node.args[0], values.__getitem__)))
-        elif isinstance(node.target, Fold):
-            values[node] = _inline(new, node.target, [values[operand] for operand in node.args])
         else:
             _check_call(node)
             values[node] = new.node_copy(node, values.__getitem__)
     return new.python_code("self")
-
-
-def _inline(graph: fx.Graph, fold: Fold, operands: Sequence[fx.Node]) -> fx.Node:
-    """Write what a fold computes; its value lies in memory as that of the fold does."""
-    values: dict[fx.Node, fx.Node] = {}
-    left = iter(operands)
-    for node in fold.graph.nodes:
-        if node.op == "placeholder":
-            values[node] = next(left)
-        elif node.op == "output":
-            value = values[node.args[0]]
-        else:
-            _check_call(node)
-            values[node] = graph.node_copy(node, values.__getitem__)
-    order = sorted(range(len(fold.type.shape)), key=lambda dim: (-fold.type.stride[dim], dim))
-    if order == sorted(order):
-        return graph.call_method("contiguous", (value,))
-    dense = graph.call_method("contiguous", (graph.call_method("permute", (value, order)),))
-    return graph.call_method("permute", (dense, [order.index(dim) for dim in range(len(order))]))
 
 
 def _check_call(node: fx.Node) -> None:
@@ -277,9 +255,10 @@ _LIBRARY = ("torch", "operator", "_operator", "math", "collections", "builtins")
 _NUMBERS = {"inf": "from math import inf", "nan": "from math import nan"}
 
 
-def _imports(code: fx.graph.PythonCode) -> Iterator[str]:
+def _imports(code: fx.graph.PythonCode, conditions: Sequence[str]) -> Iterator[str]:
     """The imports that code of ``fx`` needs. (It names some things whether it uses them or not.)"""
-    yield "import math"
+    if any("math." in text for text in conditions):
+        yield "import math"
     yield "import torch"
     for name, value in sorted(code.globals.items()):
         if not isinstance(value, ModuleType) and re.search(rf"\b{name}\b", code.src):

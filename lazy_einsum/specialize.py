@@ -22,7 +22,7 @@ from . import ambient as ambient_module
 from .backends import EAGER
 from .counter import Counter
 from .errors import LazyEinsumError, MemoryLimitError, UntraceableError
-from .folds import Fold, Folds, Kept
+from .folds import Fold, Folds, Kept, written_out
 from .frozen import frozen_values, mark_frozen
 from .generic import values_of
 from .graph import copy_graph, is_einsum, read_einsum, type_of
@@ -296,8 +296,15 @@ class Specialization:
             raise refusal("forward enters inference mode, saved-tensor hooks or another default dtype", "do so around it")
         state = {target: read(module, path) for target, path in self._state.items()}
         return module_source(
-            Program(module, self.signature, self._graph, state, traced.result, traced.conditions, traced.switches_grad)
+            Program(module, self.signature, written_out(self._graph), state, traced.result, traced.conditions, traced.switches_grad)
         )
+
+    def plain(self) -> Callable[..., Any]:
+        """The code as a function of what it takes of the arguments. It reads the module when it is called, and computes
+        folds each time; it has no checks.
+        """
+        run = self.source.finish(compile_graph(written_out(self._graph), self.source.state))
+        return lambda *values: run(*values, *(read(self._live(), path) for path in self._state.values()))
 
     def _live(self) -> Any:
         """What it was made for."""
