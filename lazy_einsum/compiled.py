@@ -109,6 +109,11 @@ def compile_entry(entry: Specialization, backend: Backend, on_failure: OnFailure
     ambient = dict(entry.signature.ambient)
     parts = split(entry, ambient["grad"] and not ambient["inference"])
     inputs = [node for node in parts.inner.nodes if node.op == "placeholder"]
+    known = [known for node in parts.inner.nodes if (known := type_of(node)) is not None]
+    others = {str(type_.device) for type_ in known if type_.device.type != "cuda"}
+    if backend.name == "cudagraphs" and others:
+        # It would say so in a log, and interpret the graph, which takes longer than eager code.
+        raise NotCompilableError(f"CUDA graphs are for tensors on CUDA, and this call has some on {sorted(others)[0]}")
     with torch.inference_mode(False), torch.set_grad_enabled(ambient["grad"] and not ambient["inference"]):
         with fake_mode() if backend.takes_fakes else nullcontext(), own_saved_tensors():
             examples = [_example(node) for node in inputs]

@@ -71,7 +71,7 @@ def _name(function: Any) -> None:
 
 
 def written_out(graph: fx.Graph) -> fx.Graph:
-    """``graph`` with what each ``Fold`` computes in the place of its call. Values lie in memory as those of folds do, as
+    """``graph`` with what each ``Fold`` computes in the place of its call. Values lie in memory as those of folds do:
     code behind them was made for that.
     """
     new = empty_like(graph)

@@ -11,7 +11,7 @@ from torch import fx, nn
 from .argument_names import argument_names
 from .graph import facts, type_of
 from .report import CallReport, OperandReport
-from .signature import Arguments, Symbol, TensorType
+from .signature import Symbol, TensorType
 from .specialize import Specialization
 
 

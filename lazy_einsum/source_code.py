@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import ast
 import builtins
-import importlib
-import inspect
-import itertools
 import keyword
 import re
 import sys
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -26,7 +23,7 @@ from .errors import LazyEinsumError
 from .graph import empty_like, type_of
 from .live import LiveCall, set_attribute
 from .record import Result
-from .signature import Alias, Arguments, Signature, Symbol, TensorType, contiguous_strides
+from .signature import Alias, Arguments, Signature, Symbol, TensorType
 from .sizes import is_symbolic
 from .version import __version__
 
@@ -60,6 +57,8 @@ def module_source(program: Program) -> str:
     Raises:
         LazyEinsumError: the program holds what can't be written down; the message says what, and what to change.
     """
+    for node in program.graph.nodes:
+        _check_call(node)
     name = getattr(program.owner, "__qualname__", type(program.owner).__qualname__)
     names = _parameter_names(program.owner, program.signature.arguments)
     registered = _registered(program)
@@ -149,7 +148,7 @@ def _registered(program: Program) -> dict[str, _Registered]:
         known = type_of(node)
         if known is None or not isinstance(live, torch.Tensor):
             kind = type(live).__name__
-            raise refusal(f"it uses {target}, a {kind}", "only tensors that are parameters or buffers can be read")
+            raise refusal(f"it uses {target}, a {kind}", "let forward use tensors and plain data only")
         names = tensors.get(id(live), [])
         if not names:
             raise refusal(
@@ -164,7 +163,7 @@ def _registered(program: Program) -> dict[str, _Registered]:
             )
         if (known.shape, known.dtype) != (live.shape, live.dtype) or type(live) not in (torch.Tensor, nn.Parameter):
             raise refusal(
-                f"{names[0]} is {TensorType.of(live)} of class {type(live).__name__} now, and was {known} when the code was made",
+                f"{names[0]} is {TensorType.of(live)} ({type(live).__name__}) now, the code was made for {known}",
                 "call prepare() again, and write down what that gives",
             )
         if any(step == 0 and size > 1 for size, step in zip(known.shape, known.stride, strict=True)):
@@ -191,7 +190,6 @@ def _write(program: Program, names: Collection[str], registered: Mapping[str, _R
         elif node.op == "output":
             new.output(_result(new, program.result, fx.map_arg(node.args[0], values.__getitem__)))
         else:
-            _check_call(node)
             values[node] = new.node_copy(node, values.__getitem__)
     return new.python_code("self")
 
@@ -200,15 +198,15 @@ def _check_call(node: fx.Node) -> None:
     """Refuse calls that mean something in the process only in which they were recorded."""
     if isinstance(node.target, LiveCall):
         raise refusal(
-            f"it calls the submodule {node.target.name} as it is (it has hooks, is compiled, or is one of leaf_modules)",
+            f"it calls the submodule {node.target.name} as it is (that has hooks, is compiled, or one of leaf_modules)",
             "remove its hooks, or leave it out of leaf_modules",
         )
     if node.target is set_attribute:
         raise refusal(f"forward sets the attribute {node.args[1]}", "write into a buffer in place (copy_, add_)")
     if node.op == "call_method" and node.target in HOOKS:
         raise refusal(f"forward calls {node.target}", "give hooks to the results, outside of forward")
-    namespace = getattr(node.target, "namespace", None)
-    if isinstance(namespace, str) and namespace not in ("aten", "prim", "prims", "higher_order"):
+    module = getattr(node.target, "__module__", None) or ""
+    if module.startswith("torch._ops.") and module.split(".")[2] not in ("aten", "prim", "prims"):
         raise refusal(f"it calls {node.target}, an operation that torch itself does not have", "call torch's own")
 
 
@@ -327,10 +325,12 @@ _LOOP = """\
 {rows}
     ):
         if tuple(tensor.shape) != shape or tensor.dtype != dtype:
-            raise ValueError(f"{{name}} is {{tensor.dtype}} of shape {{tuple(tensor.shape)}}; this code is for {{expected}}")
+            found = f"{{tensor.dtype}} of shape {{tuple(tensor.shape)}}"
+            raise ValueError(f"{{name}} is {{found}}; this code is for {{expected}}")
         steps = zip(shape, tensor.stride(), strides)
         if tensor.numel() and any(size != 1 and step != wanted for size, step, wanted in steps):
-            raise ValueError(f"{{name}} has strides {{tensor.stride()}}; this code is for {{expected}}, strides {{strides}}")
+            found = f"strides {{tensor.stride()}}"
+            raise ValueError(f"{{name}} has {{found}}; this code is for {{expected}}, strides {{strides}}")
         if tensor.requires_grad and not follows and torch.is_grad_enabled():
             raise ValueError(f"{{name}} requires a gradient; this code is for {{expected}}")"""
 
@@ -360,7 +360,8 @@ def _check_function(program: Program, names: Mapping[int, str]) -> str:
         row = f"{name!r}, {name}, {str(leaf)!r}, {leaf.shape}, {leaf.stride}, {leaf.dtype}, {follows}"
         rows.append(f"        ({row}),")
     least = [f"{name} >= 2" for name, example in program.signature.arguments.symbols.items() if type(example) is int]
-    checks += [(text, f"this code is for {_places(names, leaves)} where {text}") for text in (*least, *program.conditions)]
+    places = _places(names, leaves)
+    checks += [(text, f"this code is for {places} where {text}") for text in (*least, *program.conditions)]
     dtype = dict(program.signature.ambient)["default_dtype"]
     if dtype != "torch.float32":
         checks.append((f"torch.get_default_dtype() is {dtype}", f"this code is for the default dtype {dtype}"))
@@ -384,26 +385,28 @@ def _places(names: Mapping[int, str], leaves: Sequence[Any]) -> str:
     return ", ".join(found)
 
 
-def _description(
-    program: Program, name: str, names: Mapping[int, str], registered: Mapping[str, _Registered]
-) -> str:
+def _description(program: Program, name: str, names: Mapping[int, str], registered: Mapping[str, _Registered]) -> str:
     """What the code is for, in words."""
     arguments = program.signature.arguments
-    lines = [f"``{name}`` as lazy_einsum {__version__} specialized it. Needs torch alone.", "", "It is for these arguments:", ""]
+    lines = [f"``{name}`` as lazy_einsum {__version__} specialized it. Needs torch alone.", ""]
+    lines += ["It is for these arguments:", ""]
     for number, (text, leaf) in enumerate(zip(argument_names(program.owner, arguments), arguments.leaves, strict=True)):
         if number in names:
             as_called = "" if text == names[number] else f" (here {names[number]})"
-            strides = "" if isinstance(leaf, Symbol) or leaf.is_contiguous else f", strides {leaf.stride}"
             device = f", on {leaf.device}" if isinstance(leaf, TensorType) else ""
-            lines.append(f"    {text}{as_called}: {leaf}{strides}{device}")
+            lines.append(f"    {text}{as_called}: {leaf}{device}")
         elif isinstance(leaf, Alias):
             lines.append(f"    {text}: the same tensor as {names[leaf.leaf]}")
         else:
             lines.append(f"    {text} = {leaf}")
     found = sorted({f"    {item.name}: {item.type}" for item in registered.values()})
     if found:
-        lines += ["", "and these parameters and buffers, which ``load_state_dict(state_dict, strict=False)`` fills:", ""]
-        lines += found
+        lines += [
+            "",
+            "and these parameters and buffers, which ``load_state_dict(..., strict=False)`` fills:",
+            "",
+            *found,
+        ]
     modes = [f"{mode}={value}" for mode, value in program.signature.ambient if value not in (None, False, ())]
     lines += ["", f"Modes: {', '.join(modes)}."]
     if program.conditions:

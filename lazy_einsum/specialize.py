@@ -293,10 +293,12 @@ class Specialization:
         if self.source.overlapping:
             raise refusal("its inputs share memory that forward writes", "pass tensors that do not share memory")
         if traced.switches_modes:
-            raise refusal("forward enters inference mode, saved-tensor hooks or another default dtype", "do so around it")
+            entered = "forward enters inference mode, saved-tensor hooks or another default dtype"
+            raise refusal(entered, "enter them around the call")
         state = {target: read(module, path) for target, path in self._state.items()}
+        graph, conditions = written_out(self._graph), traced.conditions
         return module_source(
-            Program(module, self.signature, written_out(self._graph), state, traced.result, traced.conditions, traced.switches_grad)
+            Program(module, self.signature, graph, state, traced.result, conditions, traced.switches_grad)
         )
 
     def plain(self) -> Callable[..., Any]:
