@@ -557,7 +557,7 @@ class Batched(nn.Module):
     def forward(self, x: Tensor, pair: dict[str, Tensor], scale: float = 2.0) -> Any:
         y = self.norm(self.chain(x)) * scale
         together = torch.cat([y, pair["other"].reshape(x.shape[0] * 2, 24)[: x.shape[0]]])
-        return {"y": y, "both": [together, (None, 3)]}
+        return {"y": y, "both": [together, (None,)]}
 
 
 def batched(n: int) -> tuple[Tensor, dict[str, Tensor]]:
