@@ -22,7 +22,8 @@ from torch.nn import functional
 from torch.utils._pytree import tree_flatten
 
 import lazy_einsum
-from lazy_einsum import LazyEinsumError, OptimizedModule
+from lazy_einsum import LazyEinsumError, OptimizedModule, TensorType
+from lazy_einsum.folds import Fold, written_out
 
 Tensor = torch.Tensor
 
@@ -390,6 +391,70 @@ def test_default_dtype_is_checked() -> None:
         model(x)
 
 
+def test_sizes_of_one_are_not_among_those_of_generic_source() -> None:
+    wrapper = OptimizedModule(add, dynamic=True)
+    wrapper.prepare(torch.rand(3, 4))
+    model = load(wrapper.prepare(torch.rand(5, 4)).to_source())
+    model(torch.rand(2, 4))
+    with pytest.raises(ValueError, match=r"where s0 >= 2"):
+        model(torch.rand(1, 4))
+
+
+def test_names_are_those_of_arguments_as_far_as_python_has_them() -> None:
+    def f(torch: Tensor, a_b: Tensor, a: dict[str, Tensor], *rest: Tensor) -> Tensor:
+        return torch - a_b + 2 * a["b"] * rest[0] / a["class"]
+
+    given = torch.rand(3), torch.rand(3), {"b": torch.rand(3), "class": torch.rand(3) + 1}, torch.rand(3)
+    source = OptimizedModule(f).prepare(*given).to_source()
+    assert "def forward(self, torch_, a_b, a_b_, a_class, rest_0):" in source
+    flat = given[0], given[1], given[2]["b"], given[2]["class"], given[3]
+    assert torch.allclose(load(source)(*flat), f(*given))
+
+
+def test_parameters_are_made_as_they_were() -> None:
+    child = Outputs()
+    made = load(OptimizedModule(child).prepare(torch.rand(5, 4), batch={"edges": [torch.rand(3)]}).to_source())
+    assert made.weight.stride() == child.weight.stride() == (1, 4)
+    child = Chain()
+    child.b.requires_grad_(False)
+    made = written(child, torch.rand(3, 40))
+    assert [tensor.requires_grad for tensor in (made.a, made.b, made.c)] == [True, False, True]
+
+
+def test_inference_mode_and_autocast_are_those_of_the_code() -> None:
+    x = torch.rand(3, 40)
+    with torch.inference_mode():
+        model = written(Chain(), x)
+    assert model(x).is_inference()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        model = written(lambda x: x @ x.T, x)
+    assert model(x).dtype == torch.bfloat16
+
+
+def test_the_grad_mode_is_put_back_after_an_error() -> None:
+    def f(x: Tensor, index: Tensor) -> Tensor:
+        with torch.no_grad():
+            y = x[index]
+        return x * y.sum()
+
+    model = written(f, torch.rand(4), torch.tensor([1]))
+    with pytest.raises(IndexError):
+        model(torch.rand(4), torch.tensor([9]))
+    assert torch.is_grad_enabled()
+
+
+@pytest.mark.parametrize("stride", [(3, 1), (1, 2)])
+def test_folds_written_out_lie_in_memory_as_folds_do(stride: tuple[int, int]) -> None:
+    inner = torch.fx.symbolic_trace(lambda v: v * 2).graph
+    fold = Fold(("w",), inner, TensorType((2, 3), torch.float32, torch.device("cpu"), stride))
+    graph = torch.fx.Graph()
+    graph.output(graph.call_function(fold, (graph.placeholder("w"),)))
+    run = torch.fx.GraphModule(nn.Module(), written_out(graph))
+    for w in (torch.rand(2, 3), torch.rand(3, 2).t()):
+        assert torch.equal(run(w), w * 2)
+        assert run(w).stride() == fold(w).stride() == stride
+
+
 # -- what can't be written down
 
 
@@ -642,6 +707,34 @@ def test_what_can_not_be_traced_is_exported_as_it_is() -> None:
     assert same(program.module()(x), model(x))
     with pytest.raises(lazy_einsum.UntraceableError, match="inner is called as it is"):
         exported(model, x, on_untraceable="raise")
+
+
+def test_hooks_of_the_module_itself_are_exported() -> None:
+    model, x = Products(), torch.rand(40)
+    model.register_forward_hook(lambda module, args, result: result * 2)
+    assert same(exported(model, x).module()(x), model(x))
+
+
+def test_export_asks_no_backend() -> None:
+    asked = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+        asked.append(graph)
+        return graph
+
+    exported(Chain(), torch.rand(3, 40), backend=backend)
+    assert asked == []
+
+
+def test_the_inner_size_may_be_dynamic() -> None:
+    class Flat(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.einsum("ij,kj->ik", x, x) + x.view(-1).sum()
+
+    program = exported(Flat(), torch.rand(3, 5), dynamic={"x": {1: torch.export.Dim("n", max=99)}})
+    for n in (5, 8):
+        x = torch.rand(3, n)
+        assert same(program.module()(x), Flat()(x))
 
 
 def test_disabled_and_strict_export_are_of_the_module_itself() -> None:
