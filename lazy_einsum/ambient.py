@@ -12,8 +12,8 @@ import os
 import random
 import sys
 import threading
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -49,6 +49,30 @@ def bypass() -> str | None:
     if function_modes() and not all(type(mode) is DeviceContext for mode in _function_mode_stack()):
         return "a TorchFunctionMode is active"
     return None
+
+
+def is_exporting() -> bool:
+    """Whether ``torch.export`` runs this code on fake tensors and records operations. (Where Dynamo reads the code
+    first, it is not run. That export follows functions of torch has no public query.)
+    """
+    if not torch.compiler.is_exporting() or torch.compiler.is_dynamo_compiling():
+        return False
+    return any(type(mode).__name__ == "PreDispatchTorchFunctionMode" for mode in _function_mode_stack())
+
+
+@contextmanager
+def apart_from_export() -> Iterator[None]:
+    """A context in which nothing is recorded, and tensors are real, while ``torch.export`` runs. (There is no public
+    way.)
+    """
+    devices = [mode.device for mode in _function_mode_stack() if type(mode) is DeviceContext]
+    with ExitStack() as stack:
+        stack.enter_context(no_modes())
+        while function_modes():
+            stack.enter_context(torch.overrides._pop_mode_temporarily())
+        for device in devices:
+            stack.enter_context(device)
+        yield
 
 
 GLOBAL_HOOKS = (

@@ -108,6 +108,11 @@ def compile_entry(entry: Specialization, backend: Backend, on_failure: OnFailure
         NotCompilableError: it can't, or the backend fails.
     """
     given = given_to_backend(entry)
+    known = [known for node in given.parts.inner.nodes if (known := type_of(node)) is not None]
+    others = {str(type_.device) for type_ in known if type_.device.type != "cuda"}
+    if backend.name == "cudagraphs" and others:
+        # It would say so in a log, and interpret the graph, which takes longer than eager code.
+        raise NotCompilableError(f"CUDA graphs are for tensors on CUDA, and this call has some on {sorted(others)[0]}")
     try:
         function = compile_module(backend, given.module, given.types, given.grad)
     except Exception as error:

@@ -325,7 +325,7 @@ class Dispatcher:
                 relatives.fixed.update(places)
         return None
 
-    def specialize(
+    def make(
         self,
         child: Any,
         arguments: Arguments,
@@ -333,10 +333,10 @@ class Dispatcher:
         overlapping: bool = False,
         witnesses: Sequence[Specialization] = (),
     ) -> Specialization:
-        """Make code for these arguments, in the present ambient state."""
+        """Make code for these arguments, in the present ambient state, that calls torch."""
         options, is_leaf = self.settings.options, self._is_leaf
         with ambient_module.own_saved_tensors():
-            entry = specialize(
+            return specialize(
                 child,
                 arguments,
                 options,
@@ -349,6 +349,17 @@ class Dispatcher:
                 self.settings.is_frozen,
                 self.cache.folds,
             )
+
+    def specialize(
+        self,
+        child: Any,
+        arguments: Arguments,
+        on_stage: OnStage | None = None,
+        overlapping: bool = False,
+        witnesses: Sequence[Specialization] = (),
+    ) -> Specialization:
+        """Make code for these arguments, in the present ambient state, and let the backend take it over."""
+        entry = self.make(child, arguments, on_stage, overlapping, witnesses)
         self.cache.build_seconds += entry.build_seconds
         logs.built(name_of(child), entry)
         if self.settings.backend is not None and not entry.is_generic:

@@ -73,6 +73,11 @@ def is_fake(value: torch.Tensor) -> bool:
     return isinstance(value, _fake_class())
 
 
+def stands_in_export(value: torch.Tensor) -> bool:
+    """Whether ``value`` has no data because ``torch.export`` put it in the place of a tensor of the user's."""
+    return torch.compiler.is_exporting() and is_fake(value)
+
+
 def make_fake(known: TensorType, number: Callable[[Any], Any] = lambda size: size) -> torch.Tensor:
     """A tensor of type ``known``; called inside of ``fake_mode()``. ``number`` gives what stands for a symbolic
     size.

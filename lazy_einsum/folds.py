@@ -15,6 +15,7 @@ import torch
 from torch import fx, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from .graph import empty_like
 from .signature import TensorType
 
 
@@ -67,6 +68,38 @@ def _name(function: Any) -> None:
     """Give a callable object what ``fx`` needs to name it in code."""
     for name, value in (("__name__", "fold"), ("__qualname__", "fold"), ("__module__", __name__)):
         object.__setattr__(function, name, value)
+
+
+def written_out(graph: fx.Graph) -> fx.Graph:
+    """``graph`` with what each ``Fold`` computes in the place of its call. Values lie in memory as those of folds do:
+    code behind them was made for that.
+    """
+    new = empty_like(graph)
+    values: dict[fx.Node, Any] = {}
+    for node in graph.nodes:
+        if isinstance(node.target, Fold):
+            values[node] = _write_out(new, node.target, [values[operand] for operand in node.all_input_nodes])
+        else:
+            values[node] = new.node_copy(node, values.__getitem__)
+    return new
+
+
+def _write_out(graph: fx.Graph, fold: Fold, operands: Sequence[fx.Node]) -> fx.Node:
+    values: dict[fx.Node, fx.Node] = {}
+    left = iter(operands)
+    for node in fold.graph.nodes:
+        if node.op == "placeholder":
+            values[node] = next(left)
+        elif node.op == "output":
+            (result,) = node.all_input_nodes
+        else:
+            values[node] = graph.node_copy(node, values.__getitem__)
+    value, dims = values[result], range(len(fold.type.shape))
+    order = sorted(dims, key=lambda dim: (-fold.type.stride[dim], dim))
+    if order == list(dims):
+        return graph.call_method("contiguous", (value,))
+    dense = graph.call_method("contiguous", (graph.call_method("permute", (value, order)),))
+    return graph.call_method("permute", (dense, [order.index(dim) for dim in dims]))
 
 
 class Kept:

@@ -21,6 +21,7 @@ from .dispatch import Settings, name_of
 from .distributed import holds_sharded
 from .errors import LazyEinsumError, UntraceableError
 from .explain import explain
+from .exporting import run_exported
 from .parts import WholeDispatcher
 from .passes import Options
 from .plan import check_optimize, learn
@@ -222,6 +223,8 @@ class OptimizedModule(nn.Module):
         if _is_compiling() or _function_modes() or _disabled or _jit_tracing() is not None:
             reason = "disabled" if _disabled else ambient_module.bypass()
             if reason is not None:
+                if not _disabled and ambient_module.is_exporting():
+                    return run_exported(self._dispatcher, self.module, args, kwargs)
                 return self.module(*args, **kwargs)
         return self._dispatcher(self.module, args, kwargs)
 

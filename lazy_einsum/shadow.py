@@ -27,6 +27,7 @@ from . import ambient as ambient_module
 from .data import Constant, array_constant, is_array, is_constant, is_namedtuple
 from .distributed import is_distributed, is_fully_sharded, is_gathered_whole, precision_of
 from .errors import UntraceableError
+from .fakes import stands_in_export
 from .live import HAS_HOOKS, is_compiled, is_made_by_compile
 from .objects import attributes_of, is_its_attributes, may_stand_in, slots_of, where_lies
 from .objects import stand_in as make_stand_in
@@ -330,7 +331,8 @@ class Shadows:
 
     def _tensor(self, value: torch.Tensor, path: Path) -> torch.Tensor:
         gathering = self._gathered_by(path) if is_distributed(value) and is_gathered_whole(value) else None
-        if type(value) not in (torch.Tensor, nn.Parameter) and gathering is None:
+        is_known = type(value) in (torch.Tensor, nn.Parameter) or gathering is not None or stands_in_export(value)
+        if not is_known:
             raise UntraceableError(f"self.{path_name(path)} is a {type(value).__name__}, a subclass of torch.Tensor")
         with ambient_module.no_function_modes():  # the recorder is no party to this
             if value.layout is not torch.strided or value.is_quantized or value.is_nested:

@@ -22,7 +22,7 @@ from . import ambient as ambient_module
 from .backends import EAGER
 from .counter import Counter
 from .errors import LazyEinsumError, MemoryLimitError, UntraceableError
-from .folds import Fold, Folds, Kept
+from .folds import Fold, Folds, Kept, written_out
 from .frozen import frozen_values, mark_frozen
 from .generic import values_of
 from .graph import copy_graph, is_einsum, read_einsum, type_of
@@ -38,6 +38,7 @@ from .regions import restored
 from .saved import WrittenNetwork, is_within, plan_saving, written_network
 from .signature import Arguments, Signature
 from .sizes import is_symbolic
+from .source_code import Program, module_source, refusal
 from .state import Guard, Path, compile_guard, describe_reads
 from .symbols import NotGenericError
 from .tracing import trace
@@ -122,15 +123,20 @@ class Source:
         graph: what is computed; ``get_attr`` nodes for what is read of the module.
         state: the targets of these, in the order of the code's arguments.
         finish: gives the code what a graph can't say, see ``finish``.
-        switches_modes: whether it enters other modes than the grad mode.
+        traced: the trace that it was made of.
         overlapping: whether it is for calls in which inputs share memory that is written.
     """
 
     graph: fx.Graph
     state: tuple[str, ...]
     finish: Callable[[Callable[..., Any]], Callable[..., Any]]
-    switches_modes: bool
+    traced: Trace
     overlapping: bool
+
+    @property
+    def switches_modes(self) -> bool:
+        """Whether it enters other modes than the grad mode."""
+        return self.traced.switches_modes
 
 
 class Specialization:
@@ -254,12 +260,63 @@ class Specialization:
 
         It takes the tensors among the arguments, in order, and has no checks of its own.
         """
-        module = self._module()
-        if module is None:
-            raise LazyEinsumError("the module that this specialization was made for is gone")
+        module = self._live()
         return fx.GraphModule(
             {target: read(module, path) for target, path in self._state.items()}, copy_graph(self._graph)
         )
+
+    def to_source(self) -> str:
+        """The specialized program as the source of a Python module that needs torch alone.
+
+        The module has a class ``Specialized``, a ``torch.nn.Module``. It registers the parameters and buffers that the
+        code reads, under the names that they have in the ``state_dict`` of the module that was specialized; they are
+        zeros until ``load_state_dict(state_dict, strict=False)`` fills them. Its ``forward`` takes the tensors among
+        the arguments, by the names that they have in the user's code, and gives what the module gives. It raises a
+        ``ValueError`` where shapes, strides or dtypes are not those that the code was made for.
+
+        Returns:
+            The text of the module.
+
+        Raises:
+            LazyEinsumError: the code needs what can't be written down: live calls of submodules, hooks, tensors that
+                are no parameters or buffers, classes of the user's. The message says what to change.
+
+        >>> from lazy_einsum import OptimizedModule
+        >>> m = torch.nn.Linear(3, 4)
+        >>> source = OptimizedModule(m).prepare(torch.zeros(2, 3)).to_source()
+        >>> scope = {}
+        >>> exec(source, scope)
+        >>> same = scope["Specialized"]()
+        >>> same.load_state_dict(m.state_dict(), strict=False)
+        <All keys matched successfully>
+        >>> torch.equal(same(torch.ones(2, 3)), m(torch.ones(2, 3)))
+        True
+        """
+        module, traced = self._live(), self.source.traced
+        if self.source.overlapping:
+            raise refusal("its inputs share memory that forward writes", "pass tensors that do not share memory")
+        if traced.switches_modes:
+            entered = "forward enters inference mode, saved-tensor hooks or another default dtype"
+            raise refusal(entered, "enter them around the call")
+        state = {target: read(module, path) for target, path in self._state.items()}
+        graph, conditions = written_out(self._graph), traced.conditions
+        return module_source(
+            Program(module, self.signature, graph, state, traced.result, conditions, traced.switches_grad)
+        )
+
+    def plain(self) -> Callable[..., Any]:
+        """The code as a function of what it takes of the arguments. It reads the module when it is called, and computes
+        folds each time; it has no checks.
+        """
+        run = self.source.finish(compile_graph(written_out(self._graph), self.source.state))
+        return lambda *values: run(*values, *(read(self._live(), path) for path in self._state.values()))
+
+    def _live(self) -> Any:
+        """What it was made for."""
+        module = self._module()
+        if module is None:
+            raise LazyEinsumError("the module that this specialization was made for is gone")
+        return module
 
     def record(
         self, generic: Arguments, reads: tuple[tuple[str, Any], ...], conditions: Sequence[str]
@@ -461,7 +518,7 @@ def specialize(
     state = {target: traced.state[target] for target in dict.fromkeys(targets)}
     kept, code = keep_folds(graph, folds, ambient) if folds is not None else ((), graph)
     complete = partial(finish, traced=traced, grad=dict(ambient)["grad"])
-    source = Source(code, tuple(state), complete, traced.switches_modes, overlapping)
+    source = Source(code, tuple(state), complete, traced, overlapping)
     run_named = finish(_Named(code, tuple(state)), traced, dict(ambient)["grad"])
     overlap = None
     if any(traced.writes):
