@@ -8,9 +8,13 @@ import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import lru_cache
+from typing import TypeVar
 
 from .errors import MemoryLimitError
 from .labelsets import LabelCount, Network, Path, SavedLimit, bits_of, union_of
+from .progress import with_progress
+
+_T = TypeVar("_T")
 
 # Up to this many operands every pairwise order is tried, outer products included: 301 pairs of subsets at 6.
 _EXHAUSTIVE = 6
@@ -18,6 +22,8 @@ _EXHAUSTIVE = 6
 _SUBTREE = 8
 # Searches label by label, if the budget allows.
 _TRIALS = 32
+# The search for an order of more operands than this may take a second.
+_LONG = 60
 # An order is clearly better than another where it takes this part of its time.
 _CLEARLY = 0.8
 # Prices that are tried for what autograd saves.
@@ -52,7 +58,7 @@ def search(network: Network, limit: float, quick: Callable[[Network], Path]) -> 
         candidates.append(("dynamic programming", prefix + _shift(exact, prefix, n, len(simple.terms))))
     else:
         rest = Budget(_improving_steps(n))
-        for name, path in _candidates(simple, n, quick):
+        for name, path in _shown(_candidates(simple, n, quick), n, "searches to improve orders of {} operands"):
             better = _improve(simple, path, limit, rest)
             candidates.append((name, prefix + _shift(better, prefix, n, len(simple.terms))))
     fitting = [item for item in candidates if network.largest(item[1]) <= limit]
@@ -460,7 +466,7 @@ def _quick_orders(network: Network, seed: int, quick: Callable[[Network], Path])
     budget = Budget(2_000 + 300 * min(len(network.terms), 250))
     for score in _SCORES:
         found.setdefault(_greedy(network, score, budget), "greedy")
-    for trial in range(_TRIALS):
+    for trial in _shown(range(_TRIALS), len(network.terms), "searches for orders of {} operands"):
         if budget.left <= 0:
             break
         # Noise by powers of 2: how much of it helps differs between networks by an order of magnitude.
@@ -468,6 +474,11 @@ def _quick_orders(network: Network, seed: int, quick: Callable[[Network], Path])
         path = _eliminate(network, _LABEL_SCORES[trial % len(_LABEL_SCORES)], noise, 0.1 * 2 ** (trial % 4), budget)
         found.setdefault(path, "elimination")
     return [(name, path) for path, name in found.items()]
+
+
+def _shown(items: Sequence[_T], n: int, what: str) -> Iterable[_T]:
+    """The steps of a search, with a bar where it may take a second."""
+    return with_progress(items, len(items), what.format(n)) if n > _LONG else items
 
 
 def _log(size: float) -> float:

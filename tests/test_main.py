@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 import types
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,11 @@ import pytest
 import torch
 from torch import nn
 
-from lazy_einsum import bench
+from lazy_einsum import bench, search
 from lazy_einsum.__main__ import main
+from lazy_einsum.plan import make_plan
 from lazy_einsum.progress import with_progress
+from lazy_einsum.spec import EinsumSpec, symbol
 
 EINSUM = ["ij,jk,kl->il", "10x20", "20x30", "30x40"]
 
@@ -332,3 +335,28 @@ def test_progress_is_shown_on_terminals_only(monkeypatch: pytest.MonkeyPatch) ->
     assert list(with_progress(range(3), 3, "numbers")) == [0, 1, 2]
     # With ``None`` tqdm looks for itself whether standard error is a terminal.
     assert given["disable"] is None and (given["total"], given["desc"]) == (3, "numbers")
+
+
+def test_the_search_for_orders_of_many_operands_shows_its_progress(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[int, str]] = []
+
+    def watched(items: Iterable[Any], total: int, what: str) -> Iterable[Any]:
+        seen.append((total, what))
+        return items
+
+    monkeypatch.setattr(search, "with_progress", watched)
+
+    def ring(n: int) -> tuple[EinsumSpec, list[tuple[int, int]]]:
+        labels = [symbol(number) for number in range(n)]
+        terms = tuple(a + b for a, b in zip(labels, labels[1:] + labels[:1], strict=True))
+        # Another size at each place: no plan of another test is this one.
+        return EinsumSpec(terms, ""), [(2 + number % 5, 2 + (number + 1) % n % 5) for number in range(n)]
+
+    make_plan(*ring(20))
+    assert seen == []
+    make_plan(*ring(70))
+    assert {what for _, what in seen} == {
+        "searches for orders of 70 operands",
+        "searches to improve orders of 70 operands",
+    }
+    assert all(total > 0 for total, _ in seen)
