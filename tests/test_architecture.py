@@ -32,6 +32,7 @@ RANKS = {
     "signature": 1,
     "symbols": 1,
     "labelsets": 1.5,
+    "exact": 1.8,
     "search": 2,
     "plan": 3,
     "ways": 3,

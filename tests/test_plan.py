@@ -23,8 +23,8 @@ from hypothesis import given
 from instances import load, random_network
 from oracle import loops
 
+from lazy_einsum import exact
 from lazy_einsum import plan as planning
-from lazy_einsum import search
 from lazy_einsum.cost import gradient_seconds, pair_seconds
 from lazy_einsum.errors import EquationError, LazyEinsumError, MemoryLimitError
 from lazy_einsum.labelsets import Network, SavedLimit
@@ -374,10 +374,10 @@ def test_dynamic_programming_is_exact_without_outer_products() -> None:
     for seed in range(12):
         spec, shapes = random_network(7, 1, seed=seed, largest=9)
         network = Network.of(spec, shapes, spec.sizes(shapes), False)
-        orders = search.Connected.of(network, math.inf, search.Budget(10**6))
+        orders = exact.Connected.of(network, math.inf, exact.Budget(10**6))
         assert orders is not None
         connected = orders.order(0.0)
-        every = search.exhaustive(network, math.inf)
+        every = exact.exhaustive(network, math.inf)
         assert connected is not None
         assert every is not None
         assert network.seconds(every) <= network.seconds(connected) * (1 + 1e-9)
@@ -390,12 +390,12 @@ def test_exact_searches_are_exact_at_any_price() -> None:
     for seed in range(8):
         spec, shapes = random_network(5, 2, seed=seed, largest=9)
         bare = Network.of(spec, shapes, spec.sizes(shapes), False).following([seed % 2 == 0, True, False, True, True])
-        connected = search.Connected.of(bare, math.inf, search.Budget(10**6))
+        connected = exact.Connected.of(bare, math.inf, exact.Budget(10**6))
         assert connected is not None
         for price in (0.0, 1e-9, 1e-6, 1e-3, 0.0):
             network = replace(bare, price=price)
             seconds = [network.seconds(path) for path in _orders(5)]
-            best = search.exhaustive(network, math.inf)
+            best = exact.exhaustive(network, math.inf)
             assert best is not None
             assert network.seconds(best) == pytest.approx(min(seconds))
             joined = [
@@ -427,8 +427,8 @@ def test_the_exact_search_keeps_its_budget(n: int) -> None:
     terms = tuple(sum(1 << min(i, j) * n + max(i, j) for j in range(n) if j != i) for i in range(n))
     spec = EinsumSpec(tuple("".join(symbol(bit) for bit in range(n**2) if term >> bit & 1) for term in terms), "")
     network = Network.of(spec, [(2,) * (n - 1)] * n, spec.sizes([(2,) * (n - 1)] * n), False)
-    budget = search.Budget(3**9)
-    found = search.Connected.of(network, math.inf, budget)
+    budget = exact.Budget(3**9)
+    found = exact.Connected.of(network, math.inf, budget)
     assert (found is not None) == (n == 9)
     assert budget.left >= -n if found is None else budget.left > 0
 
@@ -439,12 +439,12 @@ def test_one_network_is_searched_once_at_all_prices() -> None:
     spec = EinsumSpec.parse(row.letters, [len(shape) for shape in row.shapes])
     n = len(row.shapes)
     planning._cached_plan.cache_clear()
-    search._connected.cache_clear()
+    exact.connected.cache_clear()
     most = SavedLimit((True,) * n, tuple(map(math.prod, row.shapes)), tuple(range(n)), 9_408)
     plan = make_plan(spec, row.shapes, saved_limit=most, follows=(True,) * n)
     assert plan.optimizer == "search for few saved elements"
     # Forward and with gradients.
-    assert search._connected.cache_info()[:2] == (1, 2)
+    assert exact.connected.cache_info()[:2] == (1, 2)
 
 
 def test_sizes_of_sets_of_labels() -> None:

@@ -50,7 +50,8 @@ def join_reshaped(
     apart as any reshape takes them, it does nothing, and products feed each other as they do in ``join_products``, by
     the same rules. Where the best order for all of them takes clearly less time than what ``join_products`` would
     make of them, they are written as einsums, of views that take operands apart (which is never a copy), and the result
-    is put together again. All other calls stay as the user wrote them, to the letter.
+    is put together again. All other calls stay as the user wrote them, to the letter: reshapes too that take one
+    dimension apart in a way that does not fit another's (12 into 2 and 6, where it is 3 times 4 elsewhere).
 
     Requires: exact facts (without them nothing is changed).
     Ensures: einsums that take part in no such network stay as they are.
