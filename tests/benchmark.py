@@ -15,18 +15,18 @@ import statistics
 import subprocess
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import plot
 import torch
-from contestants import CONTESTANTS, prepare
+from contestants import COMPILED, COMPILING_SECONDS, CONTESTANTS, prepare
 from edge_counts import edge_counts
 from epoch import epoch
 from instances import Instance, load
-from measure import Run, backward_run, forward_run, geometric_mean, medians, seconds
+from measure import Run, at_most, backward_run, forward_run, geometric_mean, medians, seconds
 from model_times import e3nn_products, mace, models
 from pairwise import pairwise
 from plan_times import measured_plans, saved_plans
@@ -149,11 +149,14 @@ def contractions(rounds: int, round_seconds: float, with_compile: bool, only: Se
 # -- networks ---------------------------------------------------------------------------------------------------------
 
 
-def networks(rounds: int, round_seconds: float, only: Sequence[str], backward: bool) -> dict[str, dict[str, float]]:
+def networks(
+    rounds: int, round_seconds: float, only: Sequence[str], backward: bool, with_compile: bool = False
+) -> dict[str, dict[str, float]]:
     """Seconds for the networks of ``data/instances.json``; prints how many times as long as ours the others take, and
-    the floor.
+    the floor. ``with_compile``: ours with Inductor below, against torch.compile.
     """
-    peers = [name for name in CONTESTANTS if name != "ours"]
+    contestants = COMPILED if with_compile else CONTESTANTS
+    peers = [name for name in contestants if name != "ours"]
     table: dict[str, dict[str, float]] = {}
     title = "forward+backward" if backward else "forward"
     print(f"\nnetworks, {title}: ours in us, times of others over ours (their best last), ours over the floor")
@@ -164,7 +167,10 @@ def networks(rounds: int, round_seconds: float, only: Sequence[str], backward: b
             continue
         if only and not any(word in instance.name for word in only):
             continue
-        took = table[instance.name] = _network(instance, rounds, round_seconds, backward)
+        took = _network(instance, rounds, round_seconds, backward, contestants)
+        if "ours" not in took:
+            continue
+        table[instance.name] = took
         row = [f"{instance.name:36} {took['ours'] * 1e6:9.1f}"]
         row += [f"{took[name] / took['ours']:10.2f}" if name in took else " " * 10 for name in peers]
         row.append(f"{_best(took) / took['ours']:10.2f} {took['ours'] / instance.floor:7.2f}")
@@ -191,17 +197,23 @@ def _best(took: dict[str, float]) -> float:
     return min((value for name, value in took.items() if name != "ours"), default=float("nan"))
 
 
-def _network(instance: Instance, rounds: int, round_seconds: float, backward: bool) -> dict[str, float]:
+def _network(
+    instance: Instance, rounds: int, round_seconds: float, backward: bool, contestants: Mapping[str, Any]
+) -> dict[str, float]:
     operands = instance.operands()
     leaves = [x.clone().requires_grad_() for x in operands]
     runs: dict[str, Run] = {}
     expected = None
-    for name in CONTESTANTS:
-        target = prepare(name, instance.letters, operands)
+    for name in contestants:
+        target = prepare(name, instance.letters, operands, contestants)
         if target is None:
             continue
-        with torch.no_grad():
-            result = target(*operands)
+        try:
+            with torch.set_grad_enabled(backward), at_most(COMPILING_SECONDS if contestants is COMPILED else 10_000):
+                result = target(*(leaves if backward else operands)).detach()
+        except TimeoutError:
+            print(f"{instance.name}: {name} took over {COMPILING_SECONDS} s to compile")
+            continue
         expected = result if expected is None else expected
         error = (result - expected).abs().max() / expected.abs().max().clamp(min=1e-30)
         if not error < 1e-3:
@@ -363,7 +375,7 @@ def main() -> None:
     if "networks" in wanted or not options.cases:
         for backward in (False, True):
             if not (options.forward if backward else options.backward):
-                table = networks(rounds, round_seconds, only, backward)
+                table = networks(rounds, round_seconds, only, backward, options.compile)
                 if options.save:
                     with open(options.save, "w") as file:
                         json.dump(table, file, indent=1)

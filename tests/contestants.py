@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import opt_einsum
@@ -16,6 +16,7 @@ from lazy_einsum import OptimizedModule
 Target = Callable[..., Any]
 
 PLANNING_SECONDS = 10
+COMPILING_SECONDS = 60
 
 
 def named(equation: str, n_operands: int) -> Target:
@@ -70,10 +71,37 @@ CONTESTANTS: dict[str, Callable[[str, Sequence[Tensor]], Target | None]] = {
 }
 
 
-def prepare(name: str, equation: str, operands: Sequence[Tensor]) -> Target | None:
+def ours_through_inductor(equation: str, operands: Sequence[Tensor]) -> Target | None:
+    if not _fits_torch(equation):
+        return None
+    return OptimizedModule(named(equation, len(operands)), backend="inductor")
+
+
+def compiled(equation: str, operands: Sequence[Tensor]) -> Target | None:
+    if not _fits_torch(equation):
+        return None
+    torch.compiler.reset()
+    return torch.compile(named(equation, len(operands)), dynamic=False)
+
+
+COMPILED: dict[str, Callable[[str, Sequence[Tensor]], Target | None]] = {
+    "ours": ours_through_inductor,
+    "ours, eager": ours,
+    "eager": eager,
+    "compile": compiled,
+}
+"""With ``--compile``: our passes with Inductor below them, and others that run the same."""
+
+
+def prepare(
+    name: str,
+    equation: str,
+    operands: Sequence[Tensor],
+    contestants: Mapping[str, Callable[[str, Sequence[Tensor]], Target | None]] = CONTESTANTS,
+) -> Target | None:
     """One contestant, ready to be called, or ``None`` where it can't take part or plans for too long."""
     try:
         with at_most(PLANNING_SECONDS):
-            return CONTESTANTS[name](equation, operands)
+            return contestants[name](equation, operands)
     except (TimeoutError, ImportError):
         return None
