@@ -26,7 +26,8 @@ from ..graph import (
     write_einsum,
 )
 from ..networks import Networks, pays
-from ..products import Product
+from ..products import Product, spellings
+from ..spec import EinsumSpec, symbol
 
 
 def join_reshaped(
@@ -46,12 +47,13 @@ def join_reshaped(
         einsum = torch.einsum("ab,cb->acb", a, b)
         einsum_1 = torch.einsum("abc,bcd->ad", reshape_1, einsum)
 
-    A reshape takes dimensions together, or apart. Where the dimensions of all that it has to do with are taken as far
-    apart as any reshape takes them, it does nothing, and products feed each other as they do in ``join_products``, by
-    the same rules. Where the best order for all of them takes clearly less time than what ``join_products`` would
-    make of them, they are written as einsums, of views that take operands apart (which is never a copy), and the result
-    is put together again. All other calls stay as the user wrote them, to the letter: reshapes too that take one
-    dimension apart in a way that does not fit another's (12 into 2 and 6, where it is 3 times 4 elsewhere).
+    A reshape takes dimensions together, or apart; a Kronecker product is a product and a reshape. Where the dimensions
+    of all that a reshape has to do with are taken as far apart as any takes them, it does nothing, and products feed
+    each other as they do in ``join_products``, by the same rules. Where the best order for all of them takes clearly
+    less time than what ``join_products`` would make of them, they are written as einsums, of views that take operands
+    apart (which is never a copy), and the result is put together again. All other calls stay as the user wrote them, to
+    the letter: reshapes too that take one dimension apart in a way that does not fit another's (12 into 2 and 6, where
+    it is 3 times 4 elsewhere).
 
     Requires: exact facts (without them nothing is changed).
     Ensures: einsums that take part in no such network stay as they are.
@@ -66,9 +68,10 @@ def join_reshaped(
         new = copy_graph(graph)
         if reassociate is False:
             return new
+        products = [product for node in list(new.nodes) if (product := _take_apart(node)) is not None]
         dimensions = Dimensions(new, reassociate)
         if not any(_is_between(node, dimensions) for node in dimensions.reshapes):
-            return new
+            return copy_graph(graph) if products else new
         plain = Networks(new, optimize, reassociate)
         networks = Networks(new, optimize, reassociate, dimensions)
         write = _Write(networks, dimensions, Numbers(new))
@@ -76,11 +79,57 @@ def join_reshaped(
         for root in paying:
             write.network(root)
         # What reshaped a value, gave its dimensions another order, or added some for a product, is no longer needed.
-        views = {*dimensions.reshapes, *(part for root in paying for part in networks.parts[root])}
-        erase_if_unused([node for node in reversed(new.nodes) if node in views])
+        written = {part for root in paying for part in networks.parts[root]}
+        erase_if_unused([node for node in reversed(new.nodes) if node in dimensions.reshapes or node in written])
+        for product in products:
+            if product.einsum not in written:
+                product.put_together()
         return new
 
     return run
+
+
+class _Kronecker(NamedTuple):
+    """A Kronecker product as an einsum and a reshape.
+
+    Attributes:
+        einsum: the product.
+        reshape: takes its dimensions together, two and two.
+        call: operation, target and arguments of the node that this was.
+    """
+
+    einsum: fx.Node
+    reshape: fx.Node
+    call: tuple[str, Any, tuple[Any, ...]]
+
+    def put_together(self) -> None:
+        """Make both the call that it was."""
+        self.reshape.op, self.reshape.target, self.reshape.args = self.call
+        self.einsum.graph.erase_node(self.einsum)
+
+
+def _take_apart(node: fx.Node) -> _Kronecker | None:
+    """Make an einsum and a reshape of a Kronecker product. (Its sizes are numbers: it does not trace with symbols.)"""
+    known, call = facts(node), (node.op, node.target, node.args)
+    operands = node.args if node.target in _KRON and len(node.args) == 2 and not node.kwargs else ()
+    types = [entering for operand in operands if (entering := type_of(operand)) is not None]
+    if known is None or known.type is None or len(types) < 2 or {one.dtype for one in types} != {known.type.dtype}:
+        return None
+    rank = len(known.type.shape)
+    terms = ["".join(symbol(2 * dim + side) for dim in range(rank)) for side in (0, 1)]
+    inputs = tuple(term[rank - len(one.shape) :] for term, one in zip(terms, types, strict=True))
+    output = "".join(label for pair in zip(*terms, strict=True) for label in pair if label in "".join(inputs))
+    spec = EinsumSpec(inputs, output)
+    sizes = spec.sizes([one.shape for one in types])
+    steps: dict[str, int] = {}
+    for outer, inner, stride in zip(*terms, known.type.stride, strict=True):
+        steps |= {inner: stride, outer: stride * sizes.get(inner, 1)}
+    kind = replace(known.type, shape=tuple(sizes[x] for x in output), stride=tuple(steps[x] for x in output))
+    with node.graph.inserting_before(node):
+        einsum = node.graph.call_function(torch.einsum, (str(spec.canonical()), *operands))
+    stamp(einsum, replace(known, type=kind))
+    _become(node, torch.reshape, einsum, known.type.shape)
+    return _Kronecker(einsum, node, call)
 
 
 def _is_between(node: fx.Node, dimensions: Dimensions) -> bool:
@@ -127,6 +176,9 @@ def _copy_seconds(node: fx.Node) -> float:
     if known is None or known.type is None or operand is None or known.storage == operand.storage:
         return 0.0
     return walk_seconds(known.type.numel, 1, 1, 1, 1, 2 * ITEM * known.type.numel)
+
+
+_KRON = spellings("kron")
 
 
 class _Write(NamedTuple):

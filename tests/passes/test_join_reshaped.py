@@ -70,6 +70,18 @@ def khatri_rao(a, b):
             (A, tensor(9, 2)),
             ["ab->ba", "ab,bc->ac", "ab,abc->c"],
         ),
+        # Kronecker products.
+        (
+            lambda w, a, b: w[:, :8] @ torch.kron(a, b),
+            (W, tensor(2, 3), tensor(4, 5)),
+            ["ab,cd->acbd", "abc,bcde->ade"],
+        ),
+        (lambda w, a, b: (w @ a.kron(b)) @ w[:6, :3], (W, tensor(3, 3), tensor(4, 2)), None),
+        (lambda v, a, b: v @ torch.kron(a, b), (V, tensor(3), tensor(4)), ["a,b->ab", "ab,ab->"]),
+        (lambda v, a, b: v @ torch.kron(a, b), (V, tensor(12, 2), tensor(3)), ["ab,c->abc", "a,abc->bc"]),
+        (lambda v, a, b: torch.kron(b, a).T @ v, (V, tensor(12, 2), tensor(3)), None),
+        (lambda w, a, b, c: w @ torch.kron(torch.kron(a, b), c), (W, tensor(2, 3), tensor(2, 1), tensor(3, 2)), None),
+        (lambda w, a, b: w @ torch.kron(a.mT @ a, b), (W, tensor(5, 3), tensor(4, 1)), None),
         # A bias.
         (lambda a, b, w, v: F.linear((a[:, None] * b).reshape(1, -1), w.repeat(1, 5), v[:6]), (A, B, W, V), None),
         (
@@ -100,6 +112,12 @@ def test_equations(program, inputs, equations):
         # Nothing comes before, or after.
         (lambda x, w: x.reshape(7, 12) @ w.T, (X, W)),
         (lambda w: (w @ w.T).reshape(2, 3, 6), (W,)),
+        (lambda a, b: torch.kron(a @ a.T, b), (A, B)),
+        (lambda a, b: torch.kron(a, b) + 1, (A, B)),
+        (lambda a, b, w: w @ torch.kron(input=a, other=b), (tensor(3, 2), tensor(4, 2), W)),
+        (lambda a, b, w: w @ torch.kron(a, b), tuple((10 * t.detach()).long() for t in (A[:, :2], B, W))),
+        (lambda a, b, w: w @ torch.kron(a.float(), b).exp(), (A, B, W)),
+        (lambda a, b, w: (w @ a.kron(b).exp(), khatri_rao(a, b).exp().T @ torch.kron(b, a).exp()), (A, B, W)),
         # Used twice.
         (lambda a, b, w: (lambda k: w @ k + k.sum())(khatri_rao(a, b)), (A, B, W)),
         # Read as another dtype, or conjugated.
@@ -209,6 +227,22 @@ def test_a_merged_result_of_a_call_without_gradients_can_be_written_to():
     assert not differences(observe(wrapped, clone_tree((x, k))), observe(program, clone_tree((x, k))))
     result += x
     torch.testing.assert_close(result, program(x, k) + x)
+
+
+def test_kronecker_products_for_all_batches():
+    def program(x, a, b):
+        return x @ torch.kron(a, b) @ torch.kron(b, a)[:, :2], torch.kron(a, b).exp()
+
+    with every_network():
+        wrapped = OptimizedModule(program, dynamic=True)
+        for n in (2, 3, 5, 8, 1):
+            arguments = tensor(n, 12), tensor(3, 4), tensor(4, 3)
+            assert not differences(observe(wrapped, clone_tree(arguments)), observe(program, clone_tree(arguments)))
+        generic = [entry for entry in wrapped.specializations.values() if entry.is_generic]
+    assert len(generic) == 1
+    # Two stay: what is sliced, and what is the argument of exp.
+    assert generic[0].stages["recompute"].count("kron(") == 3
+    assert generic[0].stages["join_reshaped"].count("kron(") == 2
 
 
 def test_batches_of_all_sizes_run_one_code():
