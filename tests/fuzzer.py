@@ -865,14 +865,24 @@ class Generator:
         """Dimensions taken together, or apart, and a product with something in the same shape."""
         rng = self.random
         a = self._pick(lambda v: v.rank >= 2 or "*" in "".join(v.dims))
-        text, dims = self._reshaped(a.name, a.dims)
-        if rng.random() < 0.7 and dims:
+        if rng.random() < 0.2:
+            b = self._pick(lambda v: v.dtype == a.dtype and v.rank == a.rank)
+            # (Of transposed matrices torch itself gives no product without data.)
+            text = f"torch.kron({a.name}.contiguous(), {b.name}.contiguous())"
+            dims = tuple("*".join(pair) for pair in zip(a.dims, b.dims, strict=True))
+            if a.rank > 2 or any("[" in dim or "1" in dim.split("*") or len(dim) > 12 for dim in dims):
+                raise Rejected
+        else:
+            text, dims = self._reshaped(a.name, a.dims)
+        for _ in range(rng.choice((1, 2, 3))):
+            if not dims:
+                break
             other, shape = self._fitting(a.dtype, dims)
             if len(shape) == 2 and shape[0] == dims[-1] and rng.random() < 0.7:
-                text, dims = f"{text} @ {other}", (*dims[:-1], *shape[1:])
+                text, dims = f"({text}) @ {other}", (*dims[:-1], *shape[1:])
             elif _broadcasts(dims, shape):
-                text, dims = f"{text} * {other}", _broadcast(dims, shape)
-            if rng.random() < 0.4 and dims:
+                text, dims = f"({text}) * {other}", _broadcast(dims, shape)
+            if rng.random() < 0.8 and dims:
                 text, dims = self._reshaped(f"({text})", dims)
         self._keep(text, dims)
 
