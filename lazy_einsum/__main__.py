@@ -136,7 +136,8 @@ def _show(child: Any, types: Sequence[tuple[list[int], torch.dtype | None]], opt
     if options.json:
         print(json.dumps(report.to_dict(), indent=1))
     elif options.html:
-        print(f"{len(report.networks)} networks of einsums, in {options.html}")
+        count = len(report.networks)
+        print(f"{count} network{'' if count == 1 else 's'} of einsums, in {options.html}")
     else:
         print(report)
 

@@ -81,7 +81,8 @@ def write_page(report: Report, whole: bool = True) -> str:
 def _body(report: Report) -> Iterator[str]:
     yield f"<h1>{escape(report.name)}</h1>"
     if report.networks:
-        yield f"<p>{len(report.networks)} networks of einsums, {len(report.fused)} of them made of several calls; "
+        count = f"{len(report.networks)} network{'s' * (len(report.networks) != 1)} of einsums"
+        yield f"<p>{count}, {len(report.fused)} of them made of several calls; "
         yield f"the largest result of a contraction takes {n_bytes(report.largest_bytes)}.</p>"
     if report.eager_ratio is not None:
         yield f"<p>Measured: the networks as written take {report.eager_ratio:.2f} times as long.</p>"

@@ -89,7 +89,7 @@ def test_data_and_pages(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert network["optimized"]["measured_seconds"] > 0
     assert file.read_text().startswith("<!doctype html>")
     assert main([*EINSUM, "--html", str(file)]) == 0
-    assert capsys.readouterr().out == f"1 networks of einsums, in {file}\n"
+    assert capsys.readouterr().out == f"1 network of einsums, in {file}\n"
 
 
 @pytest.mark.parametrize("name", ["Thin", "MADE"])
