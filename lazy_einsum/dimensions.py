@@ -125,16 +125,22 @@ class Dimensions:
     Args:
         graph: with exact facts.
         reassociate: see ``read_product``.
+
+    Attributes:
+        reshapes: the calls that only take dimensions together, or apart.
+        passed: those that only add dimensions for a product, which reads what they view.
     """
 
     def __init__(self, graph: fx.Graph, reassociate: bool | None) -> None:
         self._products: dict[fx.Node, Product] = {}
         self.reshapes: dict[fx.Node, Reshape] = {}
+        self.passed: set[fx.Node] = set()
         for node in graph.nodes:
             if (reshape := read_reshape(node)) is not None:
                 self.reshapes[node] = reshape
             elif (product := read_product(node, reassociate)) is not None:
                 self._products[node] = product
+                self._pass_by(node, product)
         while True:
             self._same: dict[_Dim, _Dim] = {}
             self._cuts: dict[_Dim, dict[int, None]] = {}
@@ -143,6 +149,13 @@ class Dimensions:
                 return
             except _ConflictError as error:
                 del self.reshapes[error.reshape]
+
+    def _pass_by(self, node: fx.Node, product: Product) -> None:
+        """Leave out calls that only add dimensions for a product, which is one of what they view."""
+        for view in node.all_input_nodes:
+            while view not in product.operands and view in self.reshapes:
+                self.passed.add(view)
+                view = self.reshapes.pop(view).operand
 
     def shape(self, node: fx.Node) -> tuple[int, ...]:
         """The sizes that the dimensions of a value of known type fall into, in order."""

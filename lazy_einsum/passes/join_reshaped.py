@@ -80,7 +80,8 @@ def join_reshaped(
             write.network(root)
         # What reshaped a value, gave its dimensions another order, or added some for a product, is no longer needed.
         written = {part for root in paying for part in networks.parts[root]}
-        erase_if_unused([node for node in reversed(new.nodes) if node in dimensions.reshapes or node in written])
+        needless = written.union(dimensions.reshapes, dimensions.passed)
+        erase_if_unused([node for node in reversed(new.nodes) if node in needless])
         for product in products:
             if product.einsum not in written:
                 product.put_together()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import re
 
 import pytest
 import torch
@@ -33,7 +34,11 @@ W, X, V = tensor(6, 12), tensor(7, 3, 4), tensor(12)
 def forced(function, *inputs):
     """The equations after the pass, were it always to pay."""
     with every_network():
-        return [line.split("'")[1] for line in check_pass(run, function, *inputs) if "einsum(" in line]
+        found = check_pass(run, function, *inputs)
+    names = {line.split(" = ")[0] for line in found if " = " in line and not line.startswith("set_grad")}
+    unused = {name for name in names if not any(re.search(rf"\b{name}\b", line.split(" = ")[-1]) for line in found)}
+    assert not unused
+    return [line.split("'")[1] for line in found if "einsum(" in line]
 
 
 def untouched(function, *inputs):
@@ -69,6 +74,12 @@ def khatri_rao(a, b):
             lambda a, w: (a @ a.T).unsqueeze(0).reshape(1, 9) @ w,
             (A, tensor(9, 2)),
             ["ab->ba", "ab,bc->ac", "ab,abc->c"],
+        ),
+        # A product passes by what only adds dimensions for it.
+        (
+            lambda a, b, w: (((a @ b.mT).reshape(-1) * w).unflatten(1, (3, 4))[..., None] * b).sum(-2),
+            (A, B, W),
+            ["ab->ba", "ab,bc->ac", "ab,cab->cab", "abc,cd->abcd", "abcd->abd"],
         ),
         # Kronecker products.
         (
