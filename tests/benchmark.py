@@ -209,8 +209,12 @@ def _network(
         if target is None:
             continue
         try:
-            with torch.set_grad_enabled(backward), at_most(COMPILING_SECONDS if contestants is COMPILED else 10_000):
-                result = target(*(leaves if backward else operands)).detach()
+            # The first calls compile, the backward pass too.
+            with at_most(COMPILING_SECONDS if contestants is COMPILED else 10_000):
+                run = backward_run(target, leaves) if backward else forward_run(target, operands)
+                run()
+                with torch.set_grad_enabled(backward):
+                    result = target(*(leaves if backward else operands)).detach()
         except TimeoutError:
             print(f"{instance.name}: {name} took over {COMPILING_SECONDS} s to compile")
             continue
@@ -218,7 +222,7 @@ def _network(
         error = (result - expected).abs().max() / expected.abs().max().clamp(min=1e-30)
         if not error < 1e-3:
             print(f"{instance.name}: {name} differs by {float(error):.1e}")
-        runs[name] = backward_run(target, leaves) if backward else forward_run(target, operands)
+        runs[name] = run
     return medians(runs, rounds, round_seconds)
 
 
