@@ -115,8 +115,8 @@ class Worker:
             job, data = jobs.get()
             try:
                 job.finish(self._ask(data))
-            except OSError as error:
-                job.finish(f"the process that compiles ahead can't be reached: {error}")
+            except Exception as error:  # whoever waits has to hear of it: there is no Python to start, say
+                job.finish(f"the process that compiles ahead can't be reached: {describe(error)}")
 
     def _ask(self, data: bytes) -> str:
         """The answer to a request."""

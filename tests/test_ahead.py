@@ -185,10 +185,12 @@ def test_an_end_while_somebody_waits(worker: Worker, monkeypatch: pytest.MonkeyP
     assert job.error == "the process that compiles ahead ended with status 1"
 
 
-def test_no_process(worker: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ahead.sys, "executable", "/no/such/python")
-    job = worker.submit(request())
-    assert job is not None and job.wait(SECONDS) and "No such file" in job.error
+@pytest.mark.parametrize(("python", "error"), [("/no/such/python", "FileNotFoundError"), (None, "TypeError")])
+def test_no_process(worker: Worker, monkeypatch: pytest.MonkeyPatch, python: str | None, error: str) -> None:
+    monkeypatch.setattr(ahead.sys, "executable", python)  # none where Python is part of another program
+    for _ in range(2):
+        job = worker.submit(request())
+        assert job is not None and job.wait(SECONDS) and f"can't be reached: {error}" in job.error
 
 
 def test_graphs_that_can_not_be_sent(worker: Worker) -> None:
