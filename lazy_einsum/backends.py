@@ -83,7 +83,8 @@ class _Compiler:
     """
 
     def __init__(self, backend: str | Callable[..., Any], mode: str | None, options: dict[str, Any]) -> None:
-        if backend == INDUCTOR:
+        self._is_inductor = backend == INDUCTOR
+        if self._is_inductor:
             # Random numbers from torch's own generators, in eager's order.
             options = {"fallback_random": True, **options}
         try:
@@ -92,9 +93,30 @@ class _Compiler:
             raise ValueError(str(error)) from error
 
     def __call__(self, graph: fx.GraphModule, inputs: Sequence[torch.Tensor]) -> Callable[..., Sequence[Any]]:
+        if self._is_inductor:
+            spell_out_alpha(graph.graph)
+            graph.recompile()
         with _compiling, _saved_are_kept():
             compiled: Callable[..., Sequence[Any]] = self._call(graph, list(inputs))
         return compiled
+
+
+def spell_out_alpha(graph: fx.Graph) -> None:
+    """Write ``x.add(y, alpha=a)`` as ``x.add(y * a)``, in place.
+
+    Inductor of torch 2.13 and 2.14 makes one call of a product of matrices and a sum that it goes into, and forgets
+    ``alpha``: ``torch.add(x, a @ b, alpha=0.5)`` gives ``x + a @ b``.
+    """
+    for node in list(graph.nodes):
+        alpha = node.kwargs.get("alpha", 1)
+        if node.target in _ADD and len(node.args) == 2 and set(node.kwargs) == {"alpha"} and alpha != 1:
+            first, second = node.args
+            with graph.inserting_before(node):
+                scaled = graph.call_function(torch.mul, (second, alpha))
+            node.args, node.kwargs = (first, scaled), {}
+
+
+_ADD = frozenset({"add", "add_", torch.add, torch.Tensor.add, torch.Tensor.add_})
 
 
 # All that is private to torch is below. Each is in torch 2.13.0 and 2.14.1, on which the tests run.

@@ -24,7 +24,7 @@ from .calls import HOOKS
 from .errors import LazyEinsumError
 from .fakes import fake_mode, make_fake
 from .folds import Kept
-from .graph import EVERYTHING, facts, tensor_nodes, type_of
+from .graph import EVERYTHING, facts, is_einsum, tensor_nodes, type_of
 from .live import LiveCall, set_attribute
 from .signature import TensorType
 from .specialize import Specialization, as_function, lift
@@ -296,6 +296,9 @@ def _reason(node: fx.Node) -> str | None:
         return "forward sets requires_grad of a tensor"
     if known is None:
         return None
+    if is_einsum(node) and any(_is_narrow(operand) for operand in node.all_input_nodes):
+        # Its dtype, and whether it raises, differ between kernels and what compilers take for them.
+        return "it calls torch.einsum on bool, or on integers narrower than int64"
     if not known.steady and name not in _DRAWN_AS_IN_EAGER:
         return f"it draws random numbers by {name}, which may be others in compiled code"
     if not known.steady and not all(map(_is_contiguous, node.all_input_nodes)):
@@ -305,6 +308,14 @@ def _reason(node: fx.Node) -> str | None:
         return "forward writes to a tensor with elements in one place of memory, which eager mode may refuse"
     seen_with_grad = any(user.op == "output" or _runs_with_grad(user) for user in node.users)
     return _OTHER_MODE if _requires_grad(node) and not known.grad and seen_with_grad else None
+
+
+def _is_narrow(node: fx.Node) -> bool:
+    known = type_of(node)
+    return known is not None and known.dtype in _NARROW
+
+
+_NARROW = frozenset({torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32})
 
 
 def _repeats(node: fx.Node, written: tuple[int, ...]) -> bool:

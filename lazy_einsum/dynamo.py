@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from .backends import as_torch_compile_does
+from .backends import INDUCTOR, as_torch_compile_does, spell_out_alpha
 from .errors import BackendWarning, LazyEinsumError
 from .fakes import fake_mode
 from .functional import EfficientShapeProp, keep_layouts, put_back
@@ -69,6 +69,9 @@ def compile_captured(
             BackendWarning,
             stacklevel=2,
         )
+    if backend == INDUCTOR:
+        spell_out_alpha(module.graph)
+        module.recompile()
     return generate(module, list(example_inputs))
 
 

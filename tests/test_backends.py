@@ -605,6 +605,47 @@ def test_random_streams_through_inductor() -> None:
     assert tiers(wrapped) == {"inductor": 1}
 
 
+@pytest.mark.parametrize("grad", [True, False])
+def test_inductor_forgets_no_factor_of_a_sum(grad: bool) -> None:
+    """Of a product of matrices that goes into a sum with ``alpha`` Inductor would make a call without it."""
+
+    def updated(x: Tensor, w: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        return F.linear(x, w + 0.5 * b @ a)
+
+    def written(x: Tensor, w: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        y = torch.add(x @ w.T, x @ a.T @ b.T, alpha=0.5)
+        return y.relu().add_((x @ w.T) @ w[:, :320], alpha=3) if not grad else y
+
+    args = [double(3, 320, grad=grad), double(320, 320), double(2, 320), double(320, 2)]
+    for function in (updated, written):
+        wrapped = OptimizedModule(function, backend="inductor")
+        same(wrapped(*args), function(*args))
+        assert tiers(wrapped) == {"inductor": 1}
+    from lazy_einsum.dynamo import compile_captured
+
+    torch._dynamo.reset()
+    same(torch.compile(written, backend=compile_captured)(*args), written(*args))
+    same(torch.compile(updated, backend=compile_captured)(*args), updated(*args))
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.bool, torch.int32])
+def test_einsums_of_narrow_integers_are_not_compiled(dtype: torch.dtype) -> None:
+    wrapped = OptimizedModule(lambda x, y, z: einsum("ij,jk->ik", x, y) + z, backend="aot_eager")
+    x = torch.randint(0, 2, (3, 3)).to(dtype)
+    theirs = None
+    try:
+        theirs = wrapped.module(x, x, x)
+    except (RuntimeError, NotImplementedError):
+        with pytest.raises((RuntimeError, NotImplementedError)), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            wrapped(x, x, x)
+        return
+    with pytest.warns(BackendWarning, match="narrower than int64"):
+        ours = wrapped(x, x, x)
+    assert ours.dtype == theirs.dtype and torch.equal(ours, theirs)
+    assert tiers(wrapped) == {"eager": 1}
+
+
 # -- torch.compile(backend="lazy_einsum")
 
 
