@@ -102,21 +102,25 @@ class _Compiler:
 
 
 def spell_out_alpha(graph: fx.Graph) -> None:
-    """Write ``x.add(y, alpha=a)`` as ``x.add(y * a)``, in place.
+    """Write ``x.add(y, alpha=a)`` as ``x.sub(y, alpha=-a)``, in place: the same to the last bit.
 
     Inductor of torch 2.13 and 2.14 makes one call of a product of matrices and a sum that it goes into, and forgets
-    ``alpha``: ``torch.add(x, a @ b, alpha=0.5)`` gives ``x + a @ b``.
+    ``alpha``: ``torch.add(x, a @ b, alpha=0.5)`` gives ``x + a @ b``. Of differences it makes no such call. (A product
+    ``y * a`` would be of the dtype of ``y``, not of that of the sum.)
     """
-    for node in list(graph.nodes):
+    for node in graph.nodes:
         alpha = node.kwargs.get("alpha", 1)
-        if node.target in _ADD and len(node.args) == 2 and set(node.kwargs) == {"alpha"} and alpha != 1:
-            first, second = node.args
-            with graph.inserting_before(node):
-                scaled = graph.call_function(torch.mul, (second, alpha))
-            node.args, node.kwargs = (first, scaled), {}
+        if node.target in _DIFFERENCES and isinstance(alpha, (int, float, complex)) and alpha != 1:
+            node.target, node.kwargs = _DIFFERENCES[node.target], {**node.kwargs, "alpha": -alpha}
 
 
-_ADD = frozenset({"add", "add_", torch.add, torch.Tensor.add, torch.Tensor.add_})
+_DIFFERENCES = {
+    "add": "sub",
+    "add_": "sub_",
+    torch.add: torch.sub,
+    torch.Tensor.add: torch.Tensor.sub,
+    torch.Tensor.add_: torch.Tensor.sub_,
+}
 
 
 # All that is private to torch is below. Each is in torch 2.13.0 and 2.14.1, on which the tests run.

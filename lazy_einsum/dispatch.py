@@ -376,6 +376,8 @@ class Dispatcher:
         """
         if ambient_module.saved_tensor_hooks() is not None:
             entry.compile_at = -1  # a checkpoint will run this call again, and compares what both runs save
+        elif entry.job is not None and not entry.job.is_done:
+            pass  # (The lock below may be held for as long as others build.)
         elif count >= entry.compile_at and self.settings.backend is not None:
             with self.cache.building:
                 if entry.compile_at >= 0 and self._is_compiled_ahead(entry, self.settings.backend):

@@ -614,9 +614,11 @@ def test_inductor_forgets_no_factor_of_a_sum(grad: bool) -> None:
 
     def written(x: Tensor, w: Tensor, a: Tensor, b: Tensor) -> Tensor:
         y = torch.add(x @ w.T, x @ a.T @ b.T, alpha=0.5)
+        y = torch.add(torch.add(y, 3, alpha=2), x.int(), alpha=0.1).add(x @ w, alpha=-2)
+        y = torch.add(x @ w, y, alpha=1.5) + torch.add(x.long(), (100 * x).to(torch.uint8), alpha=3)
         return y.relu().add_((x @ w.T) @ w[:, :320], alpha=3) if not grad else y
 
-    args = [double(3, 320, grad=grad), double(320, 320), double(2, 320), double(320, 2)]
+    args = [double(3, 320).abs().requires_grad_(grad), double(320, 320), double(2, 320), double(320, 2)]
     for function in (updated, written):
         wrapped = OptimizedModule(function, backend="inductor")
         same(wrapped(*args), function(*args))

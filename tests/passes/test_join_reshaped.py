@@ -173,6 +173,15 @@ def test_writes_are_not_passed():
     assert untouched(between, X.detach(), tensor(9, 2, grad=False))
 
 
+def test_a_kronecker_product_of_what_is_written_later_is_computed_where_it_was():
+    def program(a, b, w, c):
+        k = torch.kron(a, b)
+        a.mul_(2)
+        return (w @ k).reshape(2, 3, 5, 5).flatten(2) @ (c @ c.T)
+
+    forced(program, *(tensor(*shape, grad=False) for shape in ((3, 5), (4, 5), (6, 12), (25, 2))))
+
+
 def test_it_has_to_pay():
     small = [tensor(*t.shape, grad=False) for t in (A, B, W)]
     assert check_pass(run, lambda a, b, w: w @ khatri_rao(a, b), *small) == lines(
