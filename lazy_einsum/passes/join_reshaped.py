@@ -83,7 +83,7 @@ def join_reshaped(
         needless = written.union(dimensions.reshapes, dimensions.passed)
         erase_if_unused([node for node in reversed(new.nodes) if node in needless])
         for product in products:
-            if product.einsum not in written and product.reshape not in written:
+            if product.einsum not in written:
                 product.put_together()
         return new
 
