@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+import threading
 import warnings
 from collections.abc import Iterator
 
@@ -100,6 +101,32 @@ def test_each_signature_is_sent_once(jobs: list[Job]) -> None:
     assert dict(wrapped.cache_info().tiers) == {"aot_eager": 1, "eager": 1}
     wrapped(x)
     assert len(jobs) == 1
+
+
+def test_calls_do_not_wait_for_what_other_threads_build(jobs: list[Job]) -> None:
+    wrapped = OptimizedModule(Net(), backend="aot_eager", compile_after=1)
+    x = rows()
+    for _ in range(2):
+        wrapped(x)
+    assert len(jobs) == 1
+    held, done = threading.Event(), threading.Event()
+
+    def build() -> None:
+        with wrapped._dispatcher.cache.building:
+            held.set()
+            done.wait(SECONDS)
+
+    builder = threading.Thread(target=build)
+    builder.start()
+    held.wait(SECONDS)
+    caller = threading.Thread(target=wrapped, args=(x,), daemon=True)
+    caller.start()
+    caller.join(20)
+    waits = caller.is_alive()
+    done.set()
+    builder.join()
+    caller.join()
+    assert not waits
 
 
 def test_what_fails_there_runs_as_eager(jobs: list[Job], caplog: pytest.LogCaptureFixture) -> None:
