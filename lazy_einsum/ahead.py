@@ -165,7 +165,7 @@ def compile_ahead(entry: Specialization, backend: Backend) -> Job | None:
     if not backend.has_disk_cache:
         return None
     try:
-        given = given_to_backend(entry)
+        given = given_to_backend(entry, backend)
     except NotCompilableError:
         return None
     return worker.submit(Request(given.module, given.types, given.grad, backend.options))

@@ -10,6 +10,9 @@ from typing import Any
 import torch
 from torch import fx
 
+from . import cost
+from .cost import Machine
+
 Compile = Callable[[fx.GraphModule, Sequence[torch.Tensor]], Callable[..., Sequence[Any]]]
 """Makes a function of the graph's placeholders out of a graph, and tensors like those that will come."""
 
@@ -39,9 +42,19 @@ class Backend:
     options: Mapping[str, Any] = field(default_factory=dict)
 
     @property
+    def machine(self) -> Machine:
+        """What the code is to be fast on that it is given."""
+        return cost.INDUCTOR if self.is_inductor else cost.CPU
+
+    @property
+    def is_inductor(self) -> bool:
+        """Whether it is torch's own compiler."""
+        return self.compile.__class__ is _Compiler and self.name == INDUCTOR
+
+    @property
     def has_disk_cache(self) -> bool:
         """Whether what it makes is found in caches on disk, by other processes too."""
-        return self.compile.__class__ is _Compiler and self.name == INDUCTOR and _caches_on_disk()
+        return self.is_inductor and _caches_on_disk()
 
 
 def find_backend(backend: str | Callable[..., Any], options: Mapping[str, Any]) -> Backend | None:

@@ -31,7 +31,11 @@ _CLEARLY = 0.85
 
 
 def lower_in_blocks(
-    plan: Plan, types: Sequence[TensorType], strides: Strides | None = None, scale: complex | None = None
+    plan: Plan,
+    types: Sequence[TensorType],
+    strides: Strides | None = None,
+    scale: complex | None = None,
+    machine: cost.Machine = cost.CPU,
 ) -> Program:
     """``lower_plan``, in blocks of a label of the result where that clearly takes less time.
 
@@ -44,8 +48,9 @@ def lower_in_blocks(
         types: see ``lower_plan``.
         strides: see ``lower_plan``.
         scale: see ``lower_plan``.
+        machine: see ``lower_plan``.
     """
-    whole = lower_plan(plan, types, strides, scale)
+    whole = lower_plan(plan, types, strides, scale, machine=machine)
     sizes = [size for shape in plan.shapes for size in shape]
     if any(type_.requires_grad for type_ in types) or any(map(is_symbolic, sizes)):
         return whole
@@ -62,7 +67,7 @@ def lower_in_blocks(
     best, least = whole, _CLEARLY * (whole.seconds + _fresh_seconds(plan.steps[:-1], itemsize))
     for label, size in zip(plan.spec.output, whole.shape, strict=True):
         for n_blocks in sorted({min(n, size, _MOST) for n in (fewest, 2 * fewest)} - {0, 1}):
-            program, fresh = _in_blocks(plan, types, label, math.ceil(size / n_blocks), order, scale)
+            program, fresh = _in_blocks(plan, types, label, math.ceil(size / n_blocks), order, scale, machine)
             if program.seconds + fresh < least:
                 best, least = program, program.seconds + fresh
     return best
@@ -75,7 +80,13 @@ def _fresh_seconds(intermediates: Sequence[Contraction], itemsize: int) -> float
 
 
 def _in_blocks(
-    plan: Plan, types: Sequence[TensorType], label: str, length: int, order: Sequence[int], scale: complex | None
+    plan: Plan,
+    types: Sequence[TensorType],
+    label: str,
+    length: int,
+    order: Sequence[int],
+    scale: complex | None,
+    machine: cost.Machine,
 ) -> tuple[Program, float]:
     """The plan in blocks of ``length`` values of ``label``, and the time for the memory of what stays large.
 
@@ -86,6 +97,7 @@ def _in_blocks(
         length: values in each block but the last, which may have fewer.
         order: dimensions of the result, outermost in memory first.
         scale: factor of the result.
+        machine: what the calls are to be fast on.
     """
     n, itemsize = len(types), types[0].dtype.itemsize
     depends = [label in term for term in plan.spec.inputs]
@@ -94,7 +106,7 @@ def _in_blocks(
     inner = [number for number, step in enumerate(plan.steps) if depends[n + number]]
     taken = dict.fromkeys(operand for number in inner for operand in plan.steps[number].operands)
     entering = [operand for operand in taken if operand < n or not depends[operand]]
-    calls = _Calls(n)
+    calls = _Calls(n, machine)
     fresh = 0.0
     values: list[int] = []
     known: list[TensorType] = []
@@ -106,7 +118,7 @@ def _in_blocks(
         once = _below(plan, operand)
         leaves = [leaf for number in once for leaf in plan.steps[number].operands if leaf < n]
         part = _part(plan, once, leaves, [plan.shapes[leaf] for leaf in leaves])
-        program = lower_plan(part, [types[leaf] for leaf in leaves])
+        program = lower_plan(part, [types[leaf] for leaf in leaves], machine=machine)
         fresh += _fresh_seconds(part.steps, itemsize)
         values.append(calls.include(program, leaves))
         known.append(replace(types[0], shape=program.shape, stride=program.stride))
@@ -121,7 +133,7 @@ def _in_blocks(
         if count not in programs:
             part = _part(plan, inner, entering, [type_.shape for type_ in narrowed])
             strides = Strides(_strides_in(order, part.spec.output_shape(part.shapes)))
-            programs[count] = lower_plan(part, narrowed, strides, scale)
+            programs[count] = lower_plan(part, narrowed, strides, scale, machine=machine)
             fresh += _fresh_seconds(part.steps[:-1], itemsize) * (size // count)
         parts = [
             calls.narrow(value, type_.shape, block.shape, start)
@@ -132,7 +144,7 @@ def _in_blocks(
     joined = calls.add(CAT, *map(Value, blocks), place)
     calls.permute(joined, tuple(map(order.index, range(len(order)))))
     elements = math.prod(shape)
-    calls.seconds += cost.walk_seconds(elements, 1, 1, 1, 1, 2 * itemsize * elements)
+    calls.seconds += cost.walk_seconds(elements, 1, 1, 1, 1, 2 * itemsize * elements, machine)
     return Program(n, tuple(calls.calls), shape, _strides_in(order, shape), calls.seconds), fresh
 
 
@@ -192,8 +204,9 @@ def _strides_in(order: Sequence[int], shape: Sequence[int]) -> tuple[int, ...]:
 class _Calls:
     """Collects calls on values, of which the operands come first."""
 
-    def __init__(self, n_operands: int) -> None:
+    def __init__(self, n_operands: int, machine: cost.Machine) -> None:
         self.n_operands = n_operands
+        self.launch = machine.launch
         self.calls: list[Call] = []
         self.seconds = 0.0
 
@@ -217,12 +230,12 @@ class _Calls:
         for dim, (size, count) in enumerate(zip(shape, wanted, strict=True)):
             if size != count:
                 value = self.add("narrow", Value(value), dim, start, count)
-                self.seconds += cost.CPU.launch
+                self.seconds += self.launch
         return value
 
     def permute(self, value: int, order: Sequence[int]) -> int:
         """Permute dimensions, if need be."""
         if tuple(order) == tuple(range(len(order))):
             return value
-        self.seconds += cost.CPU.launch
+        self.seconds += self.launch
         return self.add("permute", Value(value), tuple(order))

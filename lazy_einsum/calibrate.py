@@ -169,7 +169,7 @@ def _sum(draw: random.Random) -> Sample:
     )
 
 
-_KEPT = frozenset({"columns", "small_products", "item", "cache", "far"})
+_KEPT = frozenset({"columns", "small_products", "item", "cache", "far", "square"})
 """What is known of the libraries and the processor, and not fitted."""
 
 

@@ -21,6 +21,7 @@ from torch import fx, nn
 from .ambient import own_saved_tensors, saved_tensor_hooks
 from .backends import Backend, in_forward_mode, is_compiled_backward, keeps_graph, let_run_again
 from .calls import HOOKS
+from .cost import Machine
 from .errors import LazyEinsumError
 from .fakes import fake_mode, make_fake
 from .folds import Kept
@@ -107,7 +108,7 @@ def compile_entry(entry: Specialization, backend: Backend, on_failure: OnFailure
     Raises:
         NotCompilableError: it can't, or the backend fails.
     """
-    given = given_to_backend(entry)
+    given = given_to_backend(entry, backend)
     known = [known for node in given.parts.inner.nodes if (known := type_of(node)) is not None]
     others = {str(type_.device) for type_ in known if type_.device.type != "cuda"}
     if backend.name == "cudagraphs" and others:
@@ -143,15 +144,15 @@ class Given(NamedTuple):
         return fx.GraphModule(nn.Module(), _bare(self.parts.inner))
 
 
-def given_to_backend(entry: Specialization) -> Given:
-    """What a backend is given of ``entry``.
+def given_to_backend(entry: Specialization, backend: Backend) -> Given:
+    """What ``backend`` is given of ``entry``.
 
     Raises:
         NotCompilableError: no backend can be given it.
     """
     ambient = dict(entry.signature.ambient)
     grad = ambient["grad"] and not ambient["inference"]
-    parts = split(entry, grad)
+    parts = split(entry, grad, backend.machine)
     types = tuple(known for node in parts.inner.nodes if node.op == "placeholder" and (known := type_of(node)))
     return Given(parts, types, grad)
 
@@ -198,12 +199,13 @@ def _bare(graph: fx.Graph) -> fx.Graph:
 # -- the parts of a graph
 
 
-def split(entry: Specialization, grad: bool) -> Parts:
+def split(entry: Specialization, grad: bool, machine: Machine) -> Parts:
     """The graph of ``entry`` in parts.
 
     Args:
         entry: what to run.
         grad: whether autograd follows.
+        machine: what its contractions are lowered for.
 
     Raises:
         NotCompilableError: it holds what no backend can be given.
@@ -215,7 +217,7 @@ def split(entry: Specialization, grad: bool) -> Parts:
         raise NotCompilableError("its inputs share memory that forward writes")
     if source.switches_modes:
         raise NotCompilableError("forward enters other modes than the grad mode")
-    lifted = lift(source.graph, source.state)
+    lifted = lift(source.lower_for(machine), source.state)
     _check(lifted)
     nodes = list(lifted.nodes)
     output = nodes[-1]

@@ -8,8 +8,9 @@ those of another machine; processes with ``LAZY_EINSUM_MACHINE`` set to the file
 from __future__ import annotations
 
 import json
+import math
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -57,6 +58,8 @@ class Machine:
             multiple of 512.
         row: seconds per innermost loop of such a call.
         tile: seconds per pair of innermost loops.
+        square: across memory such a call goes in squares of so many elements a side, of which short rows leave much
+            unused; 1 where it goes one by one.
         sum_element: seconds per element of a sum.
         sum_output: seconds per output element of a sum over the innermost dimension.
         sum_row: seconds per run of results that lie together, of other sums.
@@ -94,6 +97,7 @@ class Machine:
     aliased_element: float = 2.1e-9
     row: float = 1.2e-9
     tile: float = 18e-9
+    square: int = 1
     sum_element: float = 0.042e-9
     sum_output: float = 2.6e-9
     sum_row: float = 23e-9
@@ -135,6 +139,21 @@ _file = os.environ.get("LAZY_EINSUM_MACHINE")
 
 CPU = Machine.read(_file) if _file else Machine()
 """The machine that plans are made for."""
+
+INDUCTOR = replace(
+    CPU,
+    launch=0.3 * CPU.launch,
+    strided_element=0.4 * CPU.strided_element,
+    far_element=0.5 * CPU.far_element,
+    aliased_element=0.3 * CPU.aliased_element,
+    row=CPU.element,
+    tile=CPU.element,
+    square=16,
+)
+"""The same machine where Inductor generates the code: views cost nothing, loops little, and copies across memory are
+transposed in registers. (48 copies of 2 to 6 dimensions and 24,000 to 4,600,000 elements, Intel Xeon: 0.6 to 1.0 ns per
+element where torch takes 0.9 to 5.7; straight ones 0.4 to 0.5 with both; rows of 2 or 3 elements 1.8 to 2.3.)
+"""
 
 ITEM = 4
 """Bytes per element assumed where no dtype is known."""
@@ -203,7 +222,14 @@ def product_seconds(
 
 
 def walk_seconds(
-    elements: int, rows: int, tiles: int, stride: int, distance: int, n_bytes: int, machine: Machine = CPU
+    elements: int,
+    rows: int,
+    tiles: int,
+    stride: int,
+    distance: int,
+    n_bytes: int,
+    machine: Machine = CPU,
+    run: float = math.inf,
 ) -> float:
     """Seconds of an elementwise call: a copy, or a product that broadcasts.
 
@@ -215,6 +241,7 @@ def walk_seconds(
         distance: how many elements are visited before the neighbour of the first one, in the worst tensor.
         n_bytes: read and written in all.
         machine: constants.
+        run: how many elements lie together in the tensor in which fewest do.
     """
     each = machine.strided_element if stride > 1 else machine.element
     if stride > 1 and n_bytes > machine.cache:
@@ -222,6 +249,8 @@ def walk_seconds(
             each = machine.aliased_element
         elif distance > machine.far:
             each = machine.far_element
+    if stride > 1 and run < machine.square:
+        each *= machine.square / max(run, 1)
     busy = elements * each + rows * machine.row + tiles * machine.tile
     return machine.launch + max(busy, traffic_seconds(n_bytes, machine))
 

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from . import cost
 from .backends import INDUCTOR, as_torch_compile_does, spell_out_alpha
 from .errors import BackendWarning, LazyEinsumError
 from .fakes import fake_mode
@@ -58,8 +59,10 @@ def compile_captured(
     backend, optimize, limit, reassociate = (given.pop(name, default) for name, default in zip(_OWN, _DEFAULTS))
     check_optimize(optimize)
     generate = as_torch_compile_does(backend, mode, given)
+    machine = cost.INDUCTOR if backend == INDUCTOR else cost.CPU
+    planning = Options(optimize, limit, reassociate, machine=machine)
     try:
-        put_back(module.graph, rewrite(module, example_inputs, Options(optimize, limit, reassociate)))
+        put_back(module.graph, rewrite(module, example_inputs, planning))
         module.recompile()
     except LazyEinsumError:
         raise

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 
 from . import cost
-from .backward import BACKWARD_CALL, arrival_seconds, backward
+from .backward import arrival_seconds, backward, call_seconds
 from .layout import (
     Layout,
     Sizes,
@@ -61,7 +61,11 @@ _FREE_ALPHA = 4096
 
 
 def lower(
-    spec: EinsumSpec, types: Sequence[TensorType], strides: Strides | None = None, scale: complex | None = None
+    spec: EinsumSpec,
+    types: Sequence[TensorType],
+    strides: Strides | None = None,
+    scale: complex | None = None,
+    machine: cost.Machine = cost.CPU,
 ) -> Program:
     """The calls for an einsum of one or two operands.
 
@@ -73,6 +77,7 @@ def lower(
         types: the operands' types; shape, strides, dtype and ``requires_grad`` are read.
         strides: what is asked of the result's strides, if anything is.
         scale: factor of the result, applied where that takes the fewest elements.
+        machine: what the calls are to be fast on.
 
     Raises:
         EquationError: the shapes do not fit.
@@ -82,7 +87,7 @@ def lower(
         raise ValueError(f"lower takes an einsum of one or two operands, got {spec}; make a plan and use lower_plan")
     shapes = tuple(tuple(type_.shape) for type_ in types)
     step = Contraction(tuple(range(len(types))), spec, shapes, spec.output_shape(shapes), 0)
-    return _lower(spec, (step,), types, strides, scale)
+    return _lower(spec, (step,), types, strides, scale, machine=machine)
 
 
 def lower_plan(
@@ -91,6 +96,7 @@ def lower_plan(
     strides: Strides | None = None,
     scale: complex | None = None,
     saved_price: float = 0.0,
+    machine: cost.Machine = cost.CPU,
 ) -> Program:
     """The calls for a whole plan.
 
@@ -103,8 +109,9 @@ def lower_plan(
         strides: what is asked of the result's strides, if anything is.
         scale: factor of the result.
         saved_price: seconds that each element costs that autograd saves for the backward pass.
+        machine: what the calls are to be fast on.
     """
-    return _lower(plan.spec, plan.steps, types, strides, scale, saved_price)
+    return _lower(plan.spec, plan.steps, types, strides, scale, saved_price, machine)
 
 
 def _lower(
@@ -114,6 +121,7 @@ def _lower(
     strides: Strides | None,
     scale: complex | None,
     saved_price: float = 0.0,
+    machine: cost.Machine = cost.CPU,
 ) -> Program:
     sizes = Sizes(spec.sizes([type_.shape for type_ in types]))
     if len(types) == 1:
@@ -124,7 +132,7 @@ def _lower(
         dims = [label if size != 1 else "" for label, size in zip(term, type_.shape, strict=True)]
         operands.append(_operand(dims, type_.stride))
     follows = [type_.requires_grad for type_ in types]
-    context = Context(sizes, types[0].dtype, any(follows))
+    context = Context(sizes, types[0].dtype, any(follows), machine)
     layouts = [operand.layout for operand in operands]
     saving = _Saving(saved_price) if saved_price else None
     choices = _choose(context, steps, layouts, wanted, strides, follows, saving)
@@ -189,7 +197,8 @@ class _Saving(NamedTuple):
         sizes = context.sizes
         if _span(layout, sizes) <= sizes[layout.labels]:
             return []
-        seconds = cost.CPU.launch + copy_seconds(layout.labels, label_strides(layout, sizes), sizes)
+        strides, machine = label_strides(layout, sizes), context.machine
+        seconds = machine.launch + copy_seconds(layout.labels, strides, sizes, machine)
         return [_Choice(contiguous_layout(layout.dims, sizes), seconds)]
 
     def seconds(self, context: Context, way: Way, pair: Sequence[tuple[Layout, bool, bool]]) -> float:
@@ -258,7 +267,7 @@ def _choose(
                 for way in ways(context, one, two, step.spec.output, hints[number], ahead):
                     total = spent + way.seconds
                     if total <= limit and any(followed):
-                        seconds, gradients = backward(way, followed, sizes)
+                        seconds, gradients = backward(way, followed, sizes, context.machine)
                         total += seconds
                         for side, gradient in enumerate(gradients):
                             inner = (a, b)[side].way
@@ -266,7 +275,7 @@ def _choose(
                                 continue
                             key = side, (i, j)[side], gradient
                             if key not in arrivals:
-                                arrivals[key] = arrival_seconds(inner, gradient, sizes)
+                                arrivals[key] = arrival_seconds(inner, gradient, sizes, context.machine)
                             total += arrivals[key]
                     if total <= limit and saving:
                         given = [
@@ -320,13 +329,13 @@ def _finish_seconds(
     """Time to bring the result of a way into the order that was asked for, and its gradient back if autograd follows:
     gradients are taken to lie as what they are gradients of.
     """
-    sizes = context.sizes
-    seconds = (cost.CPU.launch + follows * BACKWARD_CALL) * count_calls(way.result, wanted)
+    sizes, machine = context.sizes, context.machine
+    seconds = (machine.launch + follows * call_seconds(machine)) * count_calls(way.result, wanted)
     if not _is_finished(way.result, wanted, strides, sizes):
         order = _order(wanted, strides, sizes)
-        seconds += copy_seconds("".join(order), label_strides(way.result, sizes), sizes)
+        seconds += copy_seconds("".join(order), label_strides(way.result, sizes), sizes, machine)
         if follows:
-            seconds += arrival_seconds(way, contiguous_layout(order, sizes), sizes)
+            seconds += arrival_seconds(way, contiguous_layout(order, sizes), sizes, machine)
     return seconds
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import fx
 
 from . import ambient as ambient_module
+from .cost import CPU, Machine
 from .decompose import eager_calls
 from .graph import EVERYTHING, facts, type_of
 from .kernels import lower_plan
@@ -363,6 +364,7 @@ def lower_saving(
     elements: float,
     strides: Strides | None = None,
     scale: complex | None = None,
+    machine: Machine = CPU,
 ) -> Program:
     """``lower_plan``: calls of which autograd saves at most so many elements; if none do, of which it saves least.
 
@@ -373,14 +375,15 @@ def lower_saving(
         elements: the limit.
         strides: see ``lower_plan``.
         scale: see ``lower_plan``.
+        machine: see ``lower_plan``.
     """
-    program = lower_plan(plan, types, strides, scale)
+    program = lower_plan(plan, types, strides, scale, machine=machine)
     best, least = program, _saved(program, types, memory)
     for factor in _PRICES:
         if least <= elements:
             break
         price = factor * program.seconds / max(elements, 1)
-        other = lower_plan(plan, types, strides, scale, saved_price=price)
+        other = lower_plan(plan, types, strides, scale, price, machine)
         saved = _saved(other, types, memory)
         if saved < least:
             best, least = other, saved

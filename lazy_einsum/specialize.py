@@ -9,7 +9,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from types import MappingProxyType
 from typing import Any
@@ -20,6 +20,7 @@ from torch import fx, nn
 
 from . import ambient as ambient_module
 from .backends import EAGER
+from .cost import Machine
 from .counter import Counter
 from .errors import LazyEinsumError, MemoryLimitError, UntraceableError
 from .folds import Fold, Folds, Kept, written_out
@@ -125,6 +126,7 @@ class Source:
         finish: gives the code what a graph can't say, see ``finish``.
         traced: the trace that it was made of.
         overlapping: whether it is for calls in which inputs share memory that is written.
+        lower_for: gives the graph as it is best for another machine.
     """
 
     graph: fx.Graph
@@ -132,6 +134,7 @@ class Source:
     finish: Callable[[Callable[..., Any]], Callable[..., Any]]
     traced: Trace
     overlapping: bool
+    lower_for: Callable[[Machine], fx.Graph]
 
     @property
     def switches_modes(self) -> bool:
@@ -518,7 +521,8 @@ def specialize(
     state = {target: traced.state[target] for target in dict.fromkeys(targets)}
     kept, code = keep_folds(graph, folds, ambient) if folds is not None else ((), graph)
     complete = partial(finish, traced=traced, grad=dict(ambient)["grad"])
-    source = Source(code, tuple(state), complete, traced, overlapping)
+    lower_for = partial(_lower_for, code, () if overlapping else stages.all, kept, options)
+    source = Source(code, tuple(state), complete, traced, overlapping, lower_for)
     run_named = finish(_Named(code, tuple(state)), traced, dict(ambient)["grad"])
     overlap = None
     if any(traced.writes):
@@ -564,6 +568,28 @@ def keep_folds(
             node.target = folds.keep(node.target, modes)
             found[node.target] = None
     return tuple(found), new
+
+
+def _lower_for(
+    graph: fx.Graph, stages: Sequence[Stage], kept: Sequence[Kept], options: Options, machine: Machine
+) -> fx.Graph:
+    """``graph``, the code of these stages, with the last of them, ``lower``, done for another machine.
+
+    Args:
+        graph: what comes out where there are no stages, or it is for that machine.
+        stages: the trace, and what each pass made of it.
+        kept: what keeps its folds.
+        options: those of the passes.
+        machine: what contractions are lowered for.
+    """
+    if not stages or machine == options.machine:
+        return graph
+    new = PASSES[-1][1](replace(options, machine=machine))(stages[-2].graph)
+    keeps = {item.fold.key: item for item in kept}
+    for node in new.nodes:
+        if isinstance(node.target, Fold):
+            node.target = keeps[node.target.key]
+    return new
 
 
 def finish(function: Callable[..., Any], traced: Trace, grad: bool) -> Callable[..., Any]:

@@ -57,6 +57,7 @@ class Context:
         sizes: size of each label.
         dtype: of the operands.
         follows: autograd follows an operand.
+        machine: what runs the calls.
         views: what ``matrix_view`` gave for operands so far: most are seen again, beside other layouts of the other
             operand or of the result.
     """
@@ -64,6 +65,7 @@ class Context:
     sizes: Sizes
     dtype: torch.dtype
     follows: bool = False
+    machine: cost.Machine = cost.CPU
     views: dict[tuple[Layout, tuple[str, ...], bool, bool], Matrix] = field(default_factory=dict)
 
 
@@ -115,10 +117,10 @@ def after_sums(context: Context, a: Layout, b: Layout, output: str) -> tuple[Lay
         if lone:
             before = sizes[one.labels]
             split = split_for_sum(one.dims, lone)
-            spent += cost.CPU.launch * (split != one.dims)
+            spent += context.machine.launch * (split != one.dims)
             inner = inner_size("".join(split), lone, sizes)
             one = summed_layout(split, lone, sizes)
-            spent += cost.sum_seconds(before, sizes[one.labels], inner)
+            spent += cost.sum_seconds(before, sizes[one.labels], inner, context.machine)
         results.append(one)
     return results[0], results[1], spent
 
@@ -174,7 +176,7 @@ def ways(context: Context, a: Layout, b: Layout, output: str, hint: str, ahead: 
         x, y, sx, sy, m, n = (b, a, sb, sa, columns, rows) if swap else (a, b, sa, sb, rows, columns)
         if not m and (swap if not n else not batch):
             # Without a batch a vector has no other side; without any rows and columns neither has one.
-            if n and context.follows and sizes[summed] < cost.CPU.columns:
+            if n and context.follows and sizes[summed] < context.machine.columns:
                 # With gradients one row is faster than a vector where few are summed: the gradient of the matrix has
                 # short rows else. (3 by 160,000: 330 us, 1,080 with a vector; 512 by 512: 136 and 109.)
                 for along in sums:
@@ -254,11 +256,11 @@ def _product_way(
     batched: bool = False,
     straight: bool = False,
 ) -> Way:
-    sizes = context.sizes
+    sizes, machine = context.sizes, context.machine
     b, m, n, k = (sizes[group] for group in (batch + loop, rows, columns, summed))
     # torch.einsum makes all its matrix products by bmm, which refuses bool in another way than mm and dot.
     batched = batched or bool(batch or loop) or context.dtype is torch.bool
-    naive = batched and m * n * k < cost.CPU.small_products
+    naive = batched and m * n * k < machine.small_products
     # Vectors stay vectors for mv and dot, except where those would accumulate in the narrow type.
     vector = not batched and context.dtype not in NARROW and not as_row
     first = ((rows,) if rows or not vector else ()) + (summed,)
@@ -272,12 +274,12 @@ def _product_way(
     right = _matrix(context, y, second, sy, naive, straight)
     if copy_first:
         # Few rows are cheap to bring into the order in which their product is fast.
-        launches = cost.CPU.launch * (1 + count_calls(x, first))
-        copied = copy_seconds("".join(first), sx, sizes)
+        launches = machine.launch * (1 + count_calls(x, first))
+        copied = copy_seconds("".join(first), sx, sizes, machine)
         left = Matrix(launches + copied, contiguous_layout(first, sizes).strides, left.calls, copy=True)
     along = right.strides[len(second) - 2] if len(second) > 1 else 1
-    seconds = left.seconds + right.seconds + cost.CPU.launch * bool(loop)
-    seconds += cost.product_seconds(b, m, n, k, left.strides[-1] == 1, along == 1)
+    seconds = left.seconds + right.seconds + machine.launch * bool(loop)
+    seconds += cost.product_seconds(b, m, n, k, left.strides[-1] == 1, along == 1, machine)
     if not (context.dtype.is_floating_point or context.dtype.is_complex):
         # Products of integers run in plain loops of any size.
         seconds += b * m * n * k * 0.8e-9
@@ -320,7 +322,9 @@ def _matrix(
     key = layout, groups, naive, straight
     found = context.views.get(key)
     if found is None:
-        found = context.views[key] = matrix_view(layout, groups, strides, context.sizes, naive, straight)
+        found = context.views[key] = matrix_view(
+            layout, groups, strides, context.sizes, naive, straight, context.machine
+        )
     return found
 
 
@@ -331,23 +335,24 @@ def matrix_view(
     sizes: Sizes,
     naive: bool,
     only_straight: bool = False,
+    machine: cost.Machine = cost.CPU,
 ) -> Matrix:
     """A view where one exists with a contiguous dimension in the matrix: else the product would copy it itself; a copy
     is made with the last two groups exchanged where that is faster, unless it has to be straight.
     """
     calls = count_calls(layout, groups)
-    launches = cost.CPU.launch * calls
+    launches = machine.launch * calls
     found = group_strides(groups, strides, sizes)
     if found is not None and (naive or is_matrix(groups, found, sizes)):
         return Matrix(launches, found, calls)
-    straight = launches + copy_seconds("".join(groups), strides, sizes)
+    straight = launches + copy_seconds("".join(groups), strides, sizes, machine)
     if len(groups) > 1 and groups[-1] and groups[-2] and not only_straight:
         other = flipped(groups)
-        crossed = launches + copy_seconds("".join(other), strides, sizes)
+        crossed = launches + copy_seconds("".join(other), strides, sizes, machine)
         # Also where a view exists, as the product's own copy is the straight one.
-        if crossed + cost.CPU.launch < straight:
+        if crossed + machine.launch < straight:
             *outer, row, column = contiguous_layout(other, sizes).strides
-            return Matrix(crossed + cost.CPU.launch, (*outer, column, row), calls + 1, True)
+            return Matrix(crossed + machine.launch, (*outer, column, row), calls + 1, True)
     if found is not None and len(groups) < 3:
         return Matrix(straight, found, calls)
     # A batch that is no view is copied by ``reshape``, one that is a bad view is copied here.
@@ -383,24 +388,44 @@ def walk_order_seconds(
         n_elements += sizes["".join(strides)]
         distance = max(distance, reuse_distance(order, strides, sizes))
         stride = max(stride, strides.get(order[-1], 1)) if order else 1
-    return _loops_seconds(loops, stride, distance, n_elements, machine)
+    run = _shortest_run(order, tensors, sizes) if machine.square > 1 else math.inf
+    return _loops_seconds(loops, stride, distance, n_elements, machine, run)
 
 
-def copy_seconds(order: str, strides: Mapping[str, int], sizes: Sizes) -> float:
+def copy_seconds(order: str, strides: Mapping[str, int], sizes: Sizes, machine: cost.Machine = cost.CPU) -> float:
     """Time to copy a tensor so that it is contiguous when its labels are walked in this order."""
     # What is written lies in the order of the walk, and stands in the way of no merging.
     loops = merged_loops(order, (strides,), sizes)
     stride = max(strides[order[-1]], 1) if order else 1
-    return _loops_seconds(loops, stride, reuse_distance(order, strides, sizes), 2 * math.prod(loops))
+    distance = reuse_distance(order, strides, sizes)
+    run = min(loops[-1], _shortest_run(order, (strides,), sizes)) if loops and machine.square > 1 else math.inf
+    return _loops_seconds(loops, stride, distance, 2 * math.prod(loops), machine, run)
+
+
+def _shortest_run(order: str, tensors: Sequence[Mapping[str, int]], sizes: Sizes) -> float:
+    """How many elements lie together in the tensor in which fewest do, as far as the walk takes them together."""
+    runs = []
+    for strides in tensors:
+        own = "".join(label for label in order if label in strides)
+        unit = next((place for place, label in enumerate(own) if strides[label] == 1 < sizes[label]), None)
+        if unit is not None:
+            runs.append(contiguous_run(own[: unit + 1], strides, sizes))
+    return min(runs, default=math.inf)
 
 
 def _loops_seconds(
-    loops: Sequence[int], stride: int, distance: int, n_elements: int, machine: cost.Machine = cost.CPU
+    loops: Sequence[int],
+    stride: int,
+    distance: int,
+    n_elements: int,
+    machine: cost.Machine,
+    run: float,
 ) -> float:
     elements = math.prod(loops)
     tile = math.prod(loops[-2:])
     rows = elements // (loops[-1] or 1) if loops else 1
-    return cost.walk_seconds(elements, rows, elements // (tile or 1), stride, distance, cost.ITEM * n_elements, machine)
+    tiles, n_bytes = elements // (tile or 1), cost.ITEM * n_elements
+    return cost.walk_seconds(elements, rows, tiles, stride, distance, n_bytes, machine, run)
 
 
 def _multiply_ways(
@@ -410,7 +435,7 @@ def _multiply_ways(
     of both operands come first or last, or those that are summed next, as the next matrix product may want; operands
     that are small next to the result may be copied to get it.
     """
-    sizes = context.sizes
+    sizes, machine = context.sizes, context.machine
     in_a, in_b = memory_order(a.labels, sa), memory_order(b.labels, sb)
     rows = "".join(label for label in in_a if label not in in_b)
     columns = "".join(label for label in in_b if label not in in_a)
@@ -435,7 +460,7 @@ def _multiply_ways(
         sx, sy = (sb, sa) if swap else (sa, sb)
         calls = (calls[1], calls[0]) if swap else calls
         result = _broadcast(order, [(x, sx), (y, sy)], sizes)
-        seconds = cost.CPU.launch * sum(calls)
+        seconds = machine.launch * sum(calls)
         strides = label_strides(result, sizes)
         yield Way(
             "multiply",
@@ -444,16 +469,16 @@ def _multiply_ways(
             y,
             "",
             result,
-            seconds + walk_order_seconds(memory_order(order, strides), (sa, sb, strides), sizes),
+            seconds + walk_order_seconds(memory_order(order, strides), (sa, sb, strides), sizes, machine),
             (_group_strides(x, sx), _group_strides(y, sy)),
             calls,
         )
         wanted = contiguous_layout(tuple(order), sizes)
         if result != wanted and max(counts) < elements:
             own = ["".join(label for label in order if label in strides) for strides in (sa, sb)]
-            seconds += copy_seconds(own[0], sa, sizes) + copy_seconds(own[1], sb, sizes)
+            seconds += copy_seconds(own[0], sa, sizes, machine) + copy_seconds(own[1], sb, sizes, machine)
             copied = [label_strides(contiguous_layout(tuple(labels), sizes), sizes) for labels in own]
-            seconds += walk_order_seconds(order, (*copied, label_strides(wanted, sizes)), sizes)
+            seconds += walk_order_seconds(order, (*copied, label_strides(wanted, sizes)), sizes, machine)
             cx, cy = reversed(copied) if swap else copied
             taken = _group_strides(x, cx), _group_strides(y, cy)
             yield Way("multiply", swap, x, y, "", wanted, seconds, taken, calls, copies=(True, True))
@@ -500,7 +525,7 @@ def _loop_sum_ways(
     ahead: str,
 ) -> Iterator[Way]:
     """A product of all elements for each value of the summed labels, added up in place: for few terms and long rows."""
-    sizes = context.sizes
+    sizes, machine = context.sizes, context.machine
     batch, rows, columns, summed = groups
     in_a, in_b = memory_order(batch + rows, sa), memory_order(batch + columns, sb)
     common = "".join(label for label in in_a if label in batch)
@@ -514,19 +539,19 @@ def _loop_sum_ways(
     terms = sizes[summed]
     whole = sizes[orders[0]]
     for order in orders:
-        sides = [_slices(order, summed, *operand, sizes) for operand in ((a, sa), (b, sb))]
+        sides = [_slices(order, summed, *operand, sizes, machine) for operand in ((a, sa), (b, sb))]
         # The operand that has more of the result's labels decides how the result lies.
         swap = sizes[columns] > sizes[rows]
         first, second = reversed(sides) if swap else sides
         result = _broadcast(order, [(side.groups[1:], side.own) for side in (first, second)], sizes)
         strides = label_strides(result, sizes)
         walked = memory_order(order, strides)
-        each = walk_order_seconds(walked, (first.own, second.own, strides), sizes)
+        each = walk_order_seconds(walked, (first.own, second.own, strides), sizes, machine)
         seconds = first.seconds + second.seconds + terms * each
         # What is added to is read, too. Autograd takes a product and a sum faster than both at once.
-        added = whole * cost.CPU.element
+        added = whole * machine.element
         if context.follows:
-            added = walk_order_seconds(walked, (strides, strides), sizes)
+            added = walk_order_seconds(walked, (strides, strides), sizes, machine)
         seconds += (terms - 1) * added
         taken = first.strides, second.strides
         calls, copies = (first.calls, second.calls), (first.copied, second.copied)
@@ -553,19 +578,21 @@ class Slices(NamedTuple):
     seconds: float
 
 
-def _slices(order: str, summed: str, layout: Layout, strides: dict[str, int], sizes: Sizes) -> Slices:
+def _slices(
+    order: str, summed: str, layout: Layout, strides: dict[str, int], sizes: Sizes, machine: cost.Machine
+) -> Slices:
     own = "".join(label for label in order if label in strides)
     groups = (summed, *(_aligned(order, Layout(tuple(own), ())) if own else ()))
     # Two slices take as long as one call.
     calls = count_calls(layout, groups) + 1 + sizes[summed] // 2
-    launches = cost.CPU.launch * calls
+    launches = machine.launch * calls
     there = group_strides(groups, strides, sizes)
     # All slices together are read across memory as often as there are terms, a copy only once.
     copied = contiguous_layout(groups, sizes)
     copy = there is None or (bool(own) and strides[own[-1]] != 1 and sizes[own] > 1)
     if copy:
         fresh = label_strides(copied, sizes)
-        seconds = launches + copy_seconds(summed + own, strides, sizes)
+        seconds = launches + copy_seconds(summed + own, strides, sizes, machine)
         return Slices(groups, copied.strides, {label: fresh[label] for label in own}, True, calls, seconds)
     assert there is not None
     return Slices(groups, there, {label: strides[label] for label in own}, False, calls, launches)
@@ -591,11 +618,14 @@ def _broadcast(order: str, operands: Sequence[tuple[tuple[str, ...], dict[str, i
 def _multiply_sum_way(
     context: Context, a: Layout, b: Layout, sa: dict[str, int], sb: dict[str, int], groups: tuple[str, str, str, str]
 ) -> Way | None:
-    """The product of all elements, then a sum. Only while what lies between them stays in the cache."""
-    sizes = context.sizes
+    """The product of all elements, then a sum: only while what lies between them stays in the cache, or if compiled
+    code keeps nothing between them.
+    """
+    sizes, machine = context.sizes, context.machine
     batch, rows, columns, summed = groups
     elements = sizes[batch + rows + columns + summed]
-    if elements * cost.ITEM > cost.CPU.cache:
+    fused = machine.square > 1
+    if elements * cost.ITEM > machine.cache and not fused:
         return None
     rows, columns = memory_order(rows, sa), memory_order(columns, sb)
     batch, summed = memory_order(batch, sa), memory_order(summed, sa)
@@ -603,11 +633,11 @@ def _multiply_sum_way(
     inner, outer = (columns, rows) if columns else (rows, columns)
     order = batch + outer + summed + inner
     first, second = _aligned(order, a), _aligned(order, b)
-    whole = label_strides(contiguous_layout(tuple(order), sizes), sizes)
-    seconds = walk_order_seconds(order, (sa, sb, whole), sizes)
-    seconds += cost.sum_seconds(elements, elements // max(sizes[summed], 1), sizes[inner])
+    between = () if fused else (label_strides(contiguous_layout(tuple(order), sizes), sizes),)
+    seconds = walk_order_seconds(order, (sa, sb, *between), sizes, machine)
+    seconds += cost.sum_seconds(elements, elements // max(sizes[summed], 1), sizes[inner], machine)
     calls = count_calls(a, first), count_calls(b, second)
-    seconds += cost.CPU.launch * sum(calls)
+    seconds += machine.launch * sum(calls)
     dims = tuple(label for label in order if label not in summed)
     result = contiguous_layout(dims, sizes)
     strides = _group_strides(first, sa), _group_strides(second, sb)

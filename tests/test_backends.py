@@ -18,6 +18,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lazy_einsum import BackendWarning, LazyEinsumError, OptimizedModule
+from lazy_einsum.backends import find_backend
+from lazy_einsum.compiled import given_to_backend
+from lazy_einsum.folds import Fold, Kept
 
 einsum = torch.einsum
 F = nn.functional
@@ -374,6 +377,43 @@ def test_frozen_tensors_are_folded_outside_of_the_compiled_code() -> None:
         assert wrapped.cache_info().fold_bytes == 5 * 5 * 8 and tiers(wrapped) == {"aot_eager": 1}
         wrapped.load_state_dict({name: value * 2 for name, value in wrapped.state_dict().items()})
         same(wrapped(x), wrapped.module(x))
+
+
+def test_inductor_is_given_calls_that_suit_it() -> None:
+    wrapped = OptimizedModule(lambda x, y: einsum("ab,ab->a", x, y))
+    entry = wrapped.prepare(torch.randn(30, 50000), torch.randn(30, 50000))
+    called = {}
+    for name in ("inductor", "aot_eager"):
+        backend = find_backend(name, {})
+        assert backend is not None
+        graph = given_to_backend(entry, backend).parts.inner
+        called[name] = [node.target for node in graph.nodes if node.op == "call_method"]
+    # One loop in generated code; with calls one by one, what lies between them would be 6 MB.
+    assert called["inductor"] == ["mul", "sum"]
+    assert "bmm" in called["aot_eager"] and called["aot_eager"] == [
+        node.target for node in entry.source.graph.nodes if node.op == "call_method"
+    ]
+
+
+def test_folds_stay_outside_of_what_inductor_is_given() -> None:
+    a, b = nn.Parameter(torch.randn(5, 40)), nn.Parameter(torch.randn(40, 5))
+
+    class Factored(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = a, b
+
+        def forward(self, x: Tensor) -> Tensor:
+            return einsum("ni,ij,jk->nk", x, self.a, self.b)
+
+    wrapped = OptimizedModule(Factored(), frozen=True)
+    with torch.no_grad():
+        entry = wrapped.prepare(torch.randn(100, 5))
+    backend = find_backend("inductor", {})
+    assert backend is not None
+    parts = given_to_backend(entry, backend).parts
+    assert [node.target for node in parts.outer.nodes if isinstance(node.target, Kept)] == list(entry.folds)
+    assert not any(isinstance(node.target, (Fold, Kept)) for node in parts.inner.nodes)
 
 
 def test_verify_names_the_backend() -> None:

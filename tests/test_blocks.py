@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lazy_einsum import OptimizedModule, blocks, contract
 from lazy_einsum.blocks import _in_blocks, lower_in_blocks
+from lazy_einsum.cost import CPU
 from lazy_einsum.kernels import lower_plan
 from lazy_einsum.layout import Strides
 from lazy_einsum.plan import Plan, make_plan
@@ -72,7 +73,7 @@ def test_every_label_in_blocks_of_every_length(row: Row, data: st.DataObject) ->
     length = data.draw(st.integers(1, size - 1))
     order = data.draw(st.permutations(range(len(shape))))
     scale = data.draw(st.sampled_from([None, 3]))
-    program, _ = _in_blocks(plan, types, label, length, order, scale)
+    program, _ = _in_blocks(plan, types, label, length, order, scale, CPU)
     result = compile_program(program)(*operands)
     expected = loops(plan.spec, operands) * (scale or 1)
     torch.testing.assert_close(result, expected, rtol=0, atol=0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from dataclasses import fields, replace
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 from oracle import loops
 
 from lazy_einsum.backward import arrival_seconds, backward
+from lazy_einsum.cost import CPU, INDUCTOR, Machine
 from lazy_einsum.kernels import _choose, _finish_seconds, lower, lower_plan
 from lazy_einsum.layout import Sizes, Strides, contiguous_layout, elementwise_strides
 from lazy_einsum.plan import make_plan
@@ -46,11 +48,11 @@ def normal_strides(shape: Sequence[int], strides: Sequence[int]) -> list[int]:
     return [0 if size == 1 or 0 in shape else stride for size, stride in zip(shape, strides, strict=True)]
 
 
-def check(equation: str, operands: Sequence[torch.Tensor], tolerance: float = 1e-10) -> None:
+def check(equation: str, operands: Sequence[torch.Tensor], tolerance: float = 1e-10, **options: Any) -> None:
     spec = EinsumSpec.parse(equation, [operand.dim() for operand in operands])
     expected = loops(spec, operands)
     for contiguous in (False, True):
-        program = program_of(equation, operands, contiguous)
+        program = program_of(equation, operands, contiguous, **options)
         result = compile_program(program)(*operands)
         if operands[0].dtype == torch.int32 and len(operands) == 1 and spec.summed:
             # As in torch, the sum over a single operand of small integers is of int64.
@@ -78,6 +80,30 @@ def test_random_equations(row: Row, dtype: torch.dtype, seed: int) -> None:
         # torch sums labels that one operand has to int64, and may then fail.
         dtype = torch.int64
     check(row.equation, make_operands(row.shapes, dtype, seed, strided=True))
+
+
+@st.composite
+def machines(draw: st.DrawFn) -> Machine:
+    """Any machine: some constants are up to 1,000 times as large or small."""
+    drawn: dict[str, Any] = {"square": draw(st.sampled_from([1, 16]))}
+    for field in fields(Machine):
+        value = getattr(CPU, field.name)
+        if isinstance(value, float) and draw(st.booleans()):
+            drawn[field.name] = value * 10 ** draw(st.floats(-3, 3))
+    return replace(CPU, **drawn)
+
+
+@settings(deadline=None)
+@given(equations(), machines(), st.integers(0, 9))
+def test_programs_are_right_whatever_is_fast(row: Row, machine: Machine, seed: int) -> None:
+    check(row.equation, make_operands(row.shapes, torch.int64, seed, strided=seed % 2 == 1), machine=machine)
+
+
+def test_products_are_summed_without_a_tensor_between_where_code_is_generated() -> None:
+    operands = make_operands([(30, 50000), (30, 50000)], torch.float32)
+    assert "sum" not in targets(program_of("ab,ab->a", operands))
+    assert targets(program_of("ab,ab->a", operands, machine=INDUCTOR)) == ["mul", "sum"]
+    check("ab,ab->a", [operand.double() for operand in operands], machine=INDUCTOR)
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int16, torch.int8, torch.uint8], ids=str)

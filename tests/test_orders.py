@@ -12,6 +12,7 @@ from equations import make_operands
 from oracle import loops
 
 from lazy_einsum import OptimizedModule, contract, known, orders
+from lazy_einsum.errors import MemoryLimitError
 from lazy_einsum.kernels import lower_plan
 from lazy_einsum.labelsets import SavedLimit
 from lazy_einsum.layout import Strides
@@ -115,6 +116,24 @@ def test_orders_that_are_not_compared(monkeypatch: pytest.MonkeyPatch) -> None:
     types = replace(first, shape=(3, 3, size)), second, replace(third, shape=(size, 35))
     assert plan_by_calls(network._replace(types=types), None)[0].seconds > orders._LEAST
     assert not noted
+
+
+@pytest.mark.parametrize("swapped", [False, True])
+def test_of_equal_orders_that_which_copies_less(swapped: bool) -> None:
+    """Two factors of one size: that of the outermost label goes first, that of a label in the middle later."""
+    equation = "eg,ab,acef->bcgf" if swapped else "ab,eg,acef->bcgf"
+    operands = [x.requires_grad_() for x in make_operands(((32, 6), (32, 6), (32,) * 4), torch.float64)]
+    # (Of three operands all orders are compared by their calls.)
+    equation, operands = f"{equation[:-6]},fh->bcgh", [*operands, torch.randn(32, 26, dtype=torch.float64)]
+    network = network_of(equation, operands)
+    choice = plan_by_calls(network, None)
+    first = choice.plan.steps[0]
+    assert sorted(first.operands) == [swapped, 2]
+    assert choice.plan.seconds == pytest.approx(plan_saving(network, None)[0].seconds)
+    with pytest.raises(MemoryLimitError):
+        plan_by_calls(network, None, memory_limit=8)
+    result = run(lower_plan(choice.plan, network.types), operands)
+    torch.testing.assert_close(result, torch.einsum(equation, *operands), rtol=1e-10, atol=1e-10)
 
 
 def test_the_best_of_all_orders_within_the_limit_on_memory(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from torch import fx
 
+from ..cost import CPU, Machine
 from .canonicalize import canonicalize
 from .choose_paths import choose_paths
 from .distribute import distribute
@@ -38,6 +39,7 @@ class Options:
         folds: whether what depends on frozen tensors only is computed once.
         measure: a few orders of each network are timed, and the fastest is taken.
         exact: results that leave the graph have each stride of eager's: other specialized code takes them.
+        machine: what contractions are lowered for.
     """
 
     optimize: object = "auto"
@@ -47,6 +49,7 @@ class Options:
     folds: bool = False
     measure: bool = False
     exact: bool = False
+    machine: Machine = CPU
 
 
 PASSES: tuple[tuple[str, Callable[[Options], Pass]], ...] = (
@@ -75,7 +78,7 @@ PASSES: tuple[tuple[str, Callable[[Options], Pass]], ...] = (
     ),
     ("place_scalars", lambda options: place_scalars(options.reassociate)),
     ("split_slices", lambda options: split_slices()),
-    ("lower", lambda options: lower(options.reassociate, options.exact)),
+    ("lower", lambda options: lower(options.reassociate, options.exact, options.machine)),
 )
 
 OF_SIZES = frozenset({"join_reshaped", "split_slices", "lower"})

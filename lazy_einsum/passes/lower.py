@@ -12,6 +12,7 @@ import torch
 from torch import fx
 
 from ..blocks import lower_in_blocks
+from ..cost import CPU, Machine
 from ..graph import (
     Facts,
     Numbers,
@@ -49,7 +50,9 @@ _MAY_VIEW = _VIEWS | {"reshape"}
 _DEPTH = 64
 
 
-def lower(reassociate: bool | None = None, exact: bool = False) -> Callable[[fx.Graph], fx.Graph]:
+def lower(
+    reassociate: bool | None = None, exact: bool = False, machine: Machine = CPU
+) -> Callable[[fx.Graph], fx.Graph]:
     """The pass that replaces einsums by the fewest calls that compute them.
 
     Before::
@@ -77,6 +80,7 @@ def lower(reassociate: bool | None = None, exact: bool = False) -> Callable[[fx.
     Args:
         reassociate: True moves factors in float16 as well; False moves none.
         exact: what leaves the graph has each stride that its facts say.
+        machine: what the calls are to be fast on.
     """
 
     def run(graph: fx.Graph) -> fx.Graph:
@@ -94,7 +98,7 @@ def lower(reassociate: bool | None = None, exact: bool = False) -> Callable[[fx.
         # A view hands the strides of its operand on; all else makes memory of its own.
         blind = {node for tree in trees if not tree.is_view for node in tree.nodes}
         written: dict[fx.Node, fx.Node] = {}
-        write = _Write(storages, {} if writers.none else None, writers, Numbers(new))
+        write = _Write(storages, {} if writers.none else None, writers, Numbers(new), machine)
         for tree in reversed(trees):
             leaves = [written.get(leaf, leaf) for leaf in tree.leaves]
             users = [user for user in tree.root.users if user not in blind]
@@ -284,12 +288,14 @@ class _Write(NamedTuple):
             place in autograd's graph of its own then.
         writers: what writes in the graph.
         numbers: writes sizes that vary.
+        machine: what the calls are to be fast on.
     """
 
     storages: Iterator[int]
     views: dict[tuple[object, ...], fx.Node] | None
     writers: Writers
     numbers: Numbers
+    machine: Machine
 
     def tree(self, tree: _Tree, leaves: Sequence[fx.Node], strides: Strides | None) -> fx.Node:
         """Replace the tree by its program.
@@ -337,8 +343,8 @@ class _Write(NamedTuple):
         limits = [known[1] for node in tree.nodes if (known := node.meta.get(SAVED)) and known[0] == len(leaves)]
         followed = followed_types(tree.root, leaves)
         if not limits or followed is None:
-            return lower_in_blocks(plan, types if followed is None else followed, strides, scale)
-        return lower_saving(plan, followed, memory_of(leaves), limits[0], strides, scale)
+            return lower_in_blocks(plan, types if followed is None else followed, strides, scale, self.machine)
+        return lower_saving(plan, followed, memory_of(leaves), limits[0], strides, scale, self.machine)
 
     def calls(self, graph: fx.Graph, program: Program, leaves: Sequence[fx.Node], inside: Facts) -> list[fx.Node]:
         """Write the calls of a program at the insertion point; their nodes."""
