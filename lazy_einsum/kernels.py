@@ -352,10 +352,17 @@ def _is_finished(result: Layout, wanted: tuple[str, ...], strides: Strides | Non
 
 
 class _Writer:
-    """Collects calls, and knows the layout of every value."""
+    """Collects calls, and knows the layout of every value.
 
-    def __init__(self, sizes: Sizes, n_operands: int) -> None:
+    Args:
+        sizes: size of each label.
+        n_operands: how many values there are before the first call.
+        machine: what runs the calls.
+    """
+
+    def __init__(self, sizes: Sizes, n_operands: int, machine: cost.Machine = cost.CPU) -> None:
         self.sizes = sizes
+        self.machine = machine
         self.n_operands = n_operands
         self.calls: list[Call] = []
         self.layouts: dict[int, Layout] = {}
@@ -396,7 +403,12 @@ class _Writer:
 
     def reshape(self, value: int, groups: tuple[str, ...]) -> int:
         """Merge and split dimensions, the order of the labels staying as it is."""
-        result = view_of(self.layouts[value], groups, self.sizes) or contiguous_layout(groups, self.sizes)
+        result = view_of(self.layouts[value], groups, self.sizes)
+        if result is None:
+            # Generated code copies in loops over the dimensions before they are merged, or divides the number of each
+            # element by the sizes of those that are. (``ccsd_t1_wmnij`` with gradients: 780 us, 610 without these.)
+            value = self.contiguous(value) if self.machine.square > 1 else value
+            result = contiguous_layout(groups, self.sizes)
         return self.call("reshape", value, shape_of(groups, self.sizes), layout=result)
 
     def arrange(self, value: int, groups: tuple[str, ...]) -> int:
@@ -447,9 +459,11 @@ class _Writer:
         if is_contiguous(shape, layout.strides):
             return value
         blocked = len(shape) == 2 and min(shape) < _NARROW and math.prod(shape) >= _BLOCKED
-        value = self.reshape(value, ("", *layout.dims)) if blocked else value
+        # Inductor lays out a copy as the original, whatever it is called, unless a view is taken of it.
+        as_one = blocked or self.machine.square > 1
+        value = self.reshape(value, ("", *layout.dims)) if as_one else value
         value = self.call("contiguous", value, layout=contiguous_layout(self.layouts[value].dims, self.sizes))
-        return self.reshape(value, layout.dims) if blocked else value
+        return self.reshape(value, layout.dims) if as_one else value
 
     def finish(self, value: int, wanted: tuple[str, ...], strides: Strides | None) -> int:
         """Arrange the result, and copy it where its strides will not do."""
@@ -538,7 +552,7 @@ def _write(
         picked.update(zip(steps[number].operands, children, strict=True))
     ways = [choices[n + number][picked[n + number]].way for number in range(len(steps))]
     place = None if scale is None else _place_of_factor(context, steps, operands, ways, scale)
-    writer = _Writer(context.sizes, n)
+    writer = _Writer(context.sizes, n, context.machine)
     values: list[int] = []
     for number, operand in enumerate(operands):
         # Calls on an operand are written just before its step, so that what they make lives no longer than needed.

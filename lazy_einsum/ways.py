@@ -162,9 +162,7 @@ def ways(context: Context, a: Layout, b: Layout, output: str, hint: str, ahead: 
         yield from _multiply_ways(context, a, b, sa, sb, hint, ahead)
         return
     if context.dtype in _SUMMABLE and (batch or (rows and columns)):
-        way = _multiply_sum_way(context, a, b, sa, sb, (batch, rows, columns, summed))
-        if way is not None:
-            yield way
+        yield from _multiply_sum_ways(context, a, b, sa, sb, (batch, rows, columns, summed))
     if context.dtype in _ADDABLE and (batch or rows or columns) and _is_short(summed, sizes):
         yield from _loop_sum_ways(context, a, b, sa, sb, (batch, rows, columns, summed), hint, ahead)
     batches = _distinct(memory_order(batch, sa), memory_order(batch, sb), _by_hint(batch, hint))
@@ -615,9 +613,9 @@ def _broadcast(order: str, operands: Sequence[tuple[tuple[str, ...], dict[str, i
     return Layout(tuple(order), elementwise_strides(shape_of(order, sizes), described))
 
 
-def _multiply_sum_way(
+def _multiply_sum_ways(
     context: Context, a: Layout, b: Layout, sa: dict[str, int], sb: dict[str, int], groups: tuple[str, str, str, str]
-) -> Way | None:
+) -> Iterator[Way]:
     """The product of all elements, then a sum: only while what lies between them stays in the cache, or if compiled
     code keeps nothing between them.
     """
@@ -626,19 +624,20 @@ def _multiply_sum_way(
     elements = sizes[batch + rows + columns + summed]
     fused = machine.square > 1
     if elements * cost.ITEM > machine.cache and not fused:
-        return None
+        return
     rows, columns = memory_order(rows, sa), memory_order(columns, sb)
     batch, summed = memory_order(batch, sa), memory_order(summed, sa)
     # A sum over a dimension that is not the innermost adds whole vectors.
     inner, outer = (columns, rows) if columns else (rows, columns)
-    order = batch + outer + summed + inner
-    first, second = _aligned(order, a), _aligned(order, b)
-    between = () if fused else (label_strides(contiguous_layout(tuple(order), sizes), sizes),)
-    seconds = walk_order_seconds(order, (sa, sb, *between), sizes, machine)
-    seconds += cost.sum_seconds(elements, elements // max(sizes[summed], 1), sizes[inner], machine)
-    calls = count_calls(a, first), count_calls(b, second)
-    seconds += machine.launch * sum(calls)
-    dims = tuple(label for label in order if label not in summed)
-    result = contiguous_layout(dims, sizes)
-    strides = _group_strides(first, sa), _group_strides(second, sb)
-    return Way("multiply and sum", False, first, second, summed, result, seconds, strides, calls)
+    in_a, in_b = memory_order(a.labels, sa), memory_order(b.labels, sb)
+    for order in _distinct(batch + outer + summed + inner, in_a + columns, in_b + rows):
+        first, second = _aligned(order, a), _aligned(order, b)
+        between = () if fused else (label_strides(contiguous_layout(tuple(order), sizes), sizes),)
+        seconds = walk_order_seconds(order, (sa, sb, *between), sizes, machine)
+        results = elements // max(sizes[summed], 1)
+        seconds += cost.sum_seconds(elements, results, inner_size(order, summed, sizes), machine)
+        calls = count_calls(a, first), count_calls(b, second)
+        seconds += machine.launch * sum(calls)
+        result = contiguous_layout(tuple(label for label in order if label not in summed), sizes)
+        strides = _group_strides(first, sa), _group_strides(second, sb)
+        yield Way("multiply and sum", False, first, second, summed, result, seconds, strides, calls)

@@ -14,7 +14,6 @@ PACKAGE = Path(lazy_einsum.__file__).parent
 #: A module imports those of lower ranks only. Ranks are the order in which the code can be read, from the bottom.
 RANKS = {
     "errors": 0,
-    "backends": 0,
     "sizes": 0,
     "counter": 0,
     "where": 0,
@@ -28,6 +27,7 @@ RANKS = {
     "spec": 1,
     "calls": 1,
     "cost": 1,
+    "backends": 1.1,
     "calibrate": 4,
     "signature": 1,
     "symbols": 1,
