@@ -12,7 +12,7 @@ import os
 import random
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
@@ -154,6 +154,47 @@ def ambient() -> tuple[tuple[str, Any], ...]:
         ("default_dtype", str(torch.get_default_dtype())),
         ("default_device", devices),
     )
+
+
+# torch.backends.cuda.matmul.fp32_precision and the like are public, at three times the time; the older flags and
+# torch.set_float32_matmul_precision show here too.
+_float32_precision: Callable[[str, str], str] = torch._C._get_fp32_precision_getter
+
+_FLOAT32 = frozenset({torch.float32, torch.complex64})
+_LIBRARIES = {"cpu": "mkldnn", "cuda": "cuda"}
+"""Kinds of device whose kernels may round the operands of float32 products to fewer bits, by torch's name for these."""
+# Few processors do, and many users allow it for all devices at once. (There is no public query.)
+_HAS_TF32 = {"cpu": torch.cpu._is_amx_fp16_supported(), "cuda": True}
+
+
+def product_bits(kind: str, dtype: torch.dtype) -> str:
+    """What torch's flags let matrix products of this dtype round their operands to on a kind of device: ``"tf32"`` or
+    ``"bf16"``, or an empty string for nothing less than the dtype.
+    """
+    if dtype not in _FLOAT32 or kind not in _LIBRARIES:
+        return ""
+    found = _float32_precision(_LIBRARIES[kind], "matmul")
+    return found if found == "bf16" or (found == "tf32" and _HAS_TF32[kind]) else ""
+
+
+def precisions(kinds: Iterable[tuple[str, torch.dtype]]) -> tuple[object, ...]:
+    """All that torch's flags say of the precision in which functions compute in these dtypes on these kinds of device.
+
+    >>> precisions([("cpu", torch.float64)])
+    ()
+    """
+    found: list[object] = []
+    for kind, dtype in kinds:
+        if dtype in _FLOAT32 and kind in _LIBRARIES:
+            found += [product_bits(kind, dtype), _float32_precision(_LIBRARIES[kind], "conv")]
+        elif dtype in (torch.float16, torch.bfloat16) and kind == "cuda":
+            flags = torch.backends.cuda.matmul
+            found += [
+                flags.allow_fp16_reduced_precision_reduction,
+                flags.allow_bf16_reduced_precision_reduction,
+                flags.allow_fp16_accumulation,
+            ]
+    return tuple(found)
 
 
 class Modes(NamedTuple):
