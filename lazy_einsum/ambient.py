@@ -261,6 +261,28 @@ def no_function_modes() -> AbstractContextManager[Any]:
     return disabled
 
 
+def generators(devices: Iterable[torch.device] | None = None) -> tuple[torch.Generator, ...]:
+    """Torch's own random generators: the CPU's, and those of these CUDA devices; of all, where none are named. (There
+    are none of CUDA's before its first use.)
+    """
+    others = torch.cuda.default_generators
+    if devices is None:
+        return (torch.default_generator, *others)
+    numbers = {device.index for device in devices if device.type == "cuda" and device.index is not None}
+    return (torch.default_generator, *(others[number] for number in sorted(numbers) if number < len(others)))
+
+
+@contextmanager
+def kept_random(devices: Iterable[torch.device] | None = None) -> Iterator[None]:
+    """A context after which torch's generators (see ``generators``) go on as if nothing in it had drawn from them."""
+    before = [(generator, generator.get_state()) for generator in generators(devices)]
+    try:
+        yield
+    finally:
+        for generator, state in before:
+            generator.set_state(state)
+
+
 class RandomState:
     """Keeps the random generators of torch (CPU), Python and NumPy, to find out whether code draws from them or seeds
     them.

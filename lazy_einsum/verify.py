@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .ambient import product_bits
+from .ambient import generators, product_bits
 from .backends import EAGER
 from .data import flatten
 from .errors import LazyEinsumError
@@ -47,7 +47,7 @@ class Verifier:
         self._stages: list[tuple[Stage, Trace]] = []
         self._written = self._tensors()
         self._before = [tensor.detach().clone() for tensor in self._written]
-        self._random = torch.default_generator.get_state()
+        self._random = [(generator, generator.get_state()) for generator in generators()]
 
     def add_stage(self, stage: Stage, traced: Trace) -> None:
         """Remember a stage of the build."""
@@ -106,7 +106,8 @@ class Verifier:
         return values + [tensor.detach().clone() for tensor in self._written]
 
     def _restore(self) -> None:
-        torch.default_generator.set_state(self._random)
+        for generator, state in self._random:
+            generator.set_state(state)
         for tensor, value in zip(self._written, self._before, strict=True):
             # .data: the user's graph must not notice.
             tensor.data.copy_(value)
