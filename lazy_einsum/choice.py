@@ -9,6 +9,7 @@ from .layout import Strides
 from .orders import Choice, along, plan_by_calls
 from .plan import Optimize
 from .saved import Written, WrittenNetwork
+from .signature import TensorType
 from .sizes import is_symbolic
 from .stopwatch import device_kind
 
@@ -64,7 +65,7 @@ def _question(
         ratio,
         None if strides is None else tuple(strides.stride),
         strides is not None and strides.exact,
-        device_kind(types[0].device) if measure else None,
+        _device(types[0], measure),
     )
     follows = tuple(one.requires_grad for one in types)
     return Question(
@@ -76,6 +77,13 @@ def _question(
         frozen=network.frozen if any(network.frozen) else (),
         calls=calls,
     )
+
+
+def _device(one: TensorType, measured: bool) -> str | None:
+    """What the choice of an order depends on of the device that the operands lie on."""
+    if measured:
+        return device_kind(one.device)
+    return None if one.is_on_processor else one.device.type
 
 
 def _listed(written: Written) -> tuple[tuple[str, tuple[int | None, ...]], ...]:
