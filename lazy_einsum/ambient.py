@@ -283,6 +283,11 @@ def kept_random(devices: Iterable[torch.device] | None = None) -> Iterator[None]
             generator.set_state(state)
 
 
+def is_capturing(devices: Iterable[torch.device]) -> bool:
+    """Whether the calls of this thread on these devices go to a CUDA graph, and run when that is replayed."""
+    return any(device.type == "cuda" for device in devices) and torch.cuda.is_current_stream_capturing()
+
+
 class RandomState:
     """Keeps the random generators of torch (CPU), Python and NumPy, to find out whether code draws from them or seeds
     them.

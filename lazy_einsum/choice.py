@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import torch
+
 from . import known
+from .ambient import is_capturing
 from .fastest import fastest_order
 from .known import Answer, Calls, Question
 from .layout import Strides
@@ -39,7 +42,9 @@ def choose_order(
     varies = any(is_symbolic(size) for one in network.types for size in (*one.shape, *one.stride))
     if varies or len(network.types) < 3 or optimize not in ("auto", True):
         return plan_by_calls(network, ratio, optimize, memory_limit, strides)
-    measure = measure and not any(network.frozen) and network.types[0].device.type != "meta"
+    devices = {one.device for one in network.types}
+    # (To measure is to wait for the device, which no CUDA graph can hold.)
+    measure = measure and not (any(network.frozen) or torch.device("meta") in devices or is_capturing(devices))
     question = _question(network, ratio, memory_limit, strides, measure)
     answer = known.find(question)
     if answer is None:

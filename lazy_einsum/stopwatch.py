@@ -74,6 +74,7 @@ def mean_seconds(
     clock: Callable[[], float] = time.perf_counter,
 ) -> float:
     """Seconds of a call, the mean of so many; ``wait`` and ``clock`` as in ``time_in_turns``."""
+    wait()  # for what others have started
     start = clock()
     for _ in range(times):
         call()
