@@ -164,7 +164,7 @@ _FLOAT32 = frozenset({torch.float32, torch.complex64})
 _LIBRARIES = {"cpu": "mkldnn", "cuda": "cuda"}
 """Kinds of device whose kernels may round the operands of float32 products to fewer bits, by torch's name for these."""
 # Few processors do, and many users allow it for all devices at once. (There is no public query.)
-_HAS_TF32 = {"cpu": torch.cpu._is_amx_fp16_supported(), "cuda": True}
+_HAS_TF32 = {"cpu": getattr(torch.cpu, "_is_amx_fp16_supported", lambda: True)(), "cuda": True}
 
 
 def product_bits(kind: str, dtype: torch.dtype) -> str:
