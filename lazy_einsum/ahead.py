@@ -31,6 +31,22 @@ from .specialize import Specialization
 
 _LENGTH = struct.Struct("<Q")
 
+# Inductor looks for code that was made under the same ones.
+_FLAGS_OF = torch.backends.cuda.matmul
+_FLAGS = (
+    "fp32_precision",
+    "allow_fp16_reduced_precision_reduction",
+    "allow_bf16_reduced_precision_reduction",
+    "allow_fp16_accumulation",
+)
+
+
+def _precision() -> str | None:
+    try:
+        return torch.get_float32_matmul_precision()
+    except RuntimeError:
+        return None
+
 
 @dataclass(frozen=True, slots=True)
 class Request:
@@ -43,7 +59,9 @@ class Request:
         options: ``mode`` and ``options``, as ``OptimizedModule`` takes them.
         threads: of torch.
         dtype: the default one.
-        precision: of float32 products, see ``torch.set_float32_matmul_precision``.
+        precision: of float32 products, see ``torch.set_float32_matmul_precision``; ``None`` where it was set for each
+            kind of device on its own, for which torch has no answer.
+        flags: of ``torch.backends.cuda.matmul``.
         deterministic: see ``torch.use_deterministic_algorithms``.
     """
 
@@ -53,7 +71,8 @@ class Request:
     options: Mapping[str, Any]
     threads: int = field(default_factory=torch.get_num_threads)
     dtype: torch.dtype = field(default_factory=torch.get_default_dtype)
-    precision: str = field(default_factory=torch.get_float32_matmul_precision)
+    precision: str | None = field(default_factory=_precision)
+    flags: Mapping[str, Any] = field(default_factory=lambda: {name: getattr(_FLAGS_OF, name) for name in _FLAGS})
     deterministic: bool = field(default_factory=torch.are_deterministic_algorithms_enabled)
 
 
@@ -185,7 +204,10 @@ def serve(requests: Any, answers: Any) -> None:
 def _compile(request: Request) -> None:
     torch.set_num_threads(request.threads)
     torch.set_default_dtype(request.dtype)
-    torch.set_float32_matmul_precision(request.precision)
+    for name, value in request.flags.items():
+        setattr(_FLAGS_OF, name, value)
+    if request.precision is not None:  # last: it sets some of the others too
+        torch.set_float32_matmul_precision(request.precision)
     torch.use_deterministic_algorithms(request.deterministic)
     backend = find_backend(INDUCTOR, request.options)
     assert backend is not None

@@ -12,7 +12,7 @@ import os
 import random
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
@@ -156,6 +156,47 @@ def ambient() -> tuple[tuple[str, Any], ...]:
     )
 
 
+# torch.backends.cuda.matmul.fp32_precision and the like are public, at three times the time; the older flags and
+# torch.set_float32_matmul_precision show here too.
+_float32_precision: Callable[[str, str], str] = torch._C._get_fp32_precision_getter
+
+_FLOAT32 = frozenset({torch.float32, torch.complex64})
+_LIBRARIES = {"cpu": "mkldnn", "cuda": "cuda"}
+"""Kinds of device whose kernels may round the operands of float32 products to fewer bits, by torch's name for these."""
+# Few processors do, and many users allow it for all devices at once. (There is no public query.)
+_HAS_TF32 = {"cpu": getattr(torch.cpu, "_is_amx_fp16_supported", lambda: True)(), "cuda": True}
+
+
+def product_bits(kind: str, dtype: torch.dtype) -> str:
+    """What torch's flags let matrix products of this dtype round their operands to on a kind of device: ``"tf32"`` or
+    ``"bf16"``, or an empty string for nothing less than the dtype.
+    """
+    if dtype not in _FLOAT32 or kind not in _LIBRARIES:
+        return ""
+    found = _float32_precision(_LIBRARIES[kind], "matmul")
+    return found if found == "bf16" or (found == "tf32" and _HAS_TF32[kind]) else ""
+
+
+def precisions(kinds: Iterable[tuple[str, torch.dtype]]) -> tuple[object, ...]:
+    """All that torch's flags say of the precision in which functions compute in these dtypes on these kinds of device.
+
+    >>> precisions([("cpu", torch.float64)])
+    ()
+    """
+    found: list[object] = []
+    for kind, dtype in kinds:
+        if dtype in _FLOAT32 and kind in _LIBRARIES:
+            found += [product_bits(kind, dtype), _float32_precision(_LIBRARIES[kind], "conv")]
+        elif dtype in (torch.float16, torch.bfloat16) and kind == "cuda":
+            flags = torch.backends.cuda.matmul
+            found += [
+                flags.allow_fp16_reduced_precision_reduction,
+                flags.allow_bf16_reduced_precision_reduction,
+                flags.allow_fp16_accumulation,
+            ]
+    return tuple(found)
+
+
 class Modes(NamedTuple):
     """The modes that single operations run in, apart from the grad mode.
 
@@ -218,6 +259,33 @@ def no_function_modes() -> AbstractContextManager[Any]:
     """A context in which no ``TorchFunctionMode`` is active. (There is no public way.)"""
     disabled: AbstractContextManager[Any] = torch._C.DisableTorchFunction()
     return disabled
+
+
+def generators(devices: Iterable[torch.device] | None = None) -> tuple[torch.Generator, ...]:
+    """Torch's own random generators: the CPU's, and those of these CUDA devices; of all, where none are named. (There
+    are none of CUDA's before its first use.)
+    """
+    others = torch.cuda.default_generators
+    if devices is None:
+        return (torch.default_generator, *others)
+    numbers = {device.index for device in devices if device.type == "cuda" and device.index is not None}
+    return (torch.default_generator, *(others[number] for number in sorted(numbers) if number < len(others)))
+
+
+@contextmanager
+def kept_random(devices: Iterable[torch.device] | None = None) -> Iterator[None]:
+    """A context after which torch's generators (see ``generators``) go on as if nothing in it had drawn from them."""
+    before = [(generator, generator.get_state()) for generator in generators(devices)]
+    try:
+        yield
+    finally:
+        for generator, state in before:
+            generator.set_state(state)
+
+
+def is_capturing(devices: Iterable[torch.device]) -> bool:
+    """Whether the calls of this thread on these devices go to a CUDA graph, and run when that is replayed."""
+    return any(device.type == "cuda" for device in devices) and torch.cuda.is_current_stream_capturing()
 
 
 class RandomState:

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from .ambient import kept_random
 from .contract import einsum
 from .data import flatten
 from .errors import LazyEinsumError, LazyEinsumWarning
@@ -232,7 +233,7 @@ def _benchmark(
     wait = partial(synchronize, list({tensor.device for tensor in state}))
     notes: list[str] = []
     took: dict[str, dict[str, float]] = {name: {} for name in [*targets, *others]}
-    with _threads(threads), torch.random.fork_rng(devices=[]):
+    with _threads(threads), kept_random():
         with _noted(notes):
             made, remarks = _made(others, arguments)
         for title in ("forward", "backward") if backward else ("forward",):

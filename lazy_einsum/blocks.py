@@ -41,7 +41,7 @@ def lower_in_blocks(
 
     What does not depend on the label is computed once, all else once for each block of the label's values; the blocks
     of the result are joined. No sum is split. Where autograd follows an operand, all intermediates are kept anyway, and
-    there are no blocks.
+    there are no blocks; nor are there on devices such as CUDA, whose memory is kept by torch.
 
     Args:
         plan: see ``lower_plan``.
@@ -52,7 +52,7 @@ def lower_in_blocks(
     """
     whole = lower_plan(plan, types, strides, scale, machine=machine)
     sizes = [size for shape in plan.shapes for size in shape]
-    if any(type_.requires_grad for type_ in types) or any(map(is_symbolic, sizes)):
+    if any(type_.requires_grad for type_ in types) or not types[0].is_on_processor or any(map(is_symbolic, sizes)):
         return whole
     itemsize = types[0].dtype.itemsize
     largest = itemsize * max((step.size for step in plan.steps[:-1]), default=0)

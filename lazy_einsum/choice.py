@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import torch
+
 from . import known
+from .ambient import is_capturing
 from .fastest import fastest_order
 from .known import Answer, Calls, Question
 from .layout import Strides
 from .orders import Choice, along, plan_by_calls
 from .plan import Optimize
 from .saved import Written, WrittenNetwork
+from .signature import TensorType
 from .sizes import is_symbolic
 from .stopwatch import device_kind
 
@@ -38,7 +42,9 @@ def choose_order(
     varies = any(is_symbolic(size) for one in network.types for size in (*one.shape, *one.stride))
     if varies or len(network.types) < 3 or optimize not in ("auto", True):
         return plan_by_calls(network, ratio, optimize, memory_limit, strides)
-    measure = measure and not any(network.frozen) and network.types[0].device.type != "meta"
+    devices = {one.device for one in network.types}
+    # (To measure is to wait for the device, which no CUDA graph can hold.)
+    measure = measure and not (any(network.frozen) or torch.device("meta") in devices or is_capturing(devices))
     question = _question(network, ratio, memory_limit, strides, measure)
     answer = known.find(question)
     if answer is None:
@@ -64,7 +70,7 @@ def _question(
         ratio,
         None if strides is None else tuple(strides.stride),
         strides is not None and strides.exact,
-        device_kind(types[0].device) if measure else None,
+        _device(types[0], measure),
     )
     follows = tuple(one.requires_grad for one in types)
     return Question(
@@ -76,6 +82,13 @@ def _question(
         frozen=network.frozen if any(network.frozen) else (),
         calls=calls,
     )
+
+
+def _device(one: TensorType, measured: bool) -> str | None:
+    """What the choice of an order depends on of the device that the operands lie on."""
+    if measured:
+        return device_kind(one.device)
+    return None if one.is_on_processor else one.device.type
 
 
 def _listed(written: Written) -> tuple[tuple[str, tuple[int | None, ...]], ...]:

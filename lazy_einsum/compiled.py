@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import fx, nn
 
-from .ambient import own_saved_tensors, saved_tensor_hooks
+from .ambient import generators, kept_random, own_saved_tensors, saved_tensor_hooks
 from .backends import Backend, in_forward_mode, is_compiled_backward, keeps_graph, let_run_again
 from .calls import HOOKS
 from .cost import Machine
@@ -171,7 +171,7 @@ def compile_module(
     with torch.inference_mode(False), torch.set_grad_enabled(grad):
         with fake_mode() if backend.takes_fakes else nullcontext(), own_saved_tensors():
             examples = list(map(_example, types))
-        with torch.random.fork_rng(devices=[]):
+        with kept_random():
             return backend.compile(module, examples)
 
 
@@ -500,6 +500,7 @@ class Compiled:
         self.written = parts.written
         self.draws = parts.draws
         self.reach = parts.reach
+        self.devices = {known.device for node in parts.inner.nodes if (known := type_of(node)) is not None}
         self.autocast = autocast
         self.on_failure = on_failure
         self.followed = [number for number, follows in enumerate(parts.followed) if follows]
@@ -539,18 +540,15 @@ class Before:
 
     def __init__(self, compiled: Compiled, inputs: Sequence[torch.Tensor]) -> None:
         self.values = {number: inputs[number].detach().clone() for number in compiled.written}
-        self.generator = torch.get_rng_state() if compiled.draws else None
-        devices = {tensor.device for tensor in inputs if tensor.is_cuda} if compiled.draws else set()
-        self.generators = {device: torch.cuda.get_rng_state(device) for device in devices}
+        drawn_from = generators(compiled.devices) if compiled.draws else ()
+        self.states = [(generator, generator.get_state()) for generator in drawn_from]
 
     @contextmanager
     def again(self) -> Iterator[None]:
         """A context in which random numbers come once more as they came then."""
-        with torch.random.fork_rng(devices=list(self.generators), enabled=self.generator is not None):
-            if self.generator is not None:
-                torch.set_rng_state(self.generator)
-            for device, state in self.generators.items():
-                torch.cuda.set_rng_state(state, device)
+        with kept_random(generator.device for generator, _ in self.states):
+            for generator, state in self.states:
+                generator.set_state(state)
             yield
 
 

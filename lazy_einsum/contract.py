@@ -66,16 +66,16 @@ def einsum(*args: Any) -> torch.Tensor:
         return _pairwise(equation, operands)
     grad = torch.is_grad_enabled()
     needs_grad = False
-    dtype = operands[0].dtype
+    dtype, place = operands[0].dtype, operands[0].get_device()
     parts = []
     for operand in operands:
-        if operand.dtype is not dtype or operand.layout is not torch.strided:
+        if operand.dtype is not dtype or operand.layout is not torch.strided or operand.get_device() != place:
             return _plain(equation, operands)
         follows = grad and operand.requires_grad
         needs_grad = needs_grad or follows
         parts.append((operand.shape, operand.stride(), follows))
     shared = _shared_memory(operands) if needs_grad and len(operands) > 2 else ()
-    function = _prepare(equation, tuple(parts), dtype, shared)
+    function = _prepare(equation, tuple(parts), dtype, shared, "cpu" if place < 0 else operands[0].device.type)
     if function is None:
         return _plain(equation, operands)
     result = function(*operands)
@@ -134,18 +134,20 @@ def _parse(equation: str | _Sublists, ranks: Sequence[int]) -> EinsumSpec:
 
 @lru_cache(maxsize=1024)
 def _prepare(
-    equation: str | _Sublists, parts: _Key, dtype: torch.dtype, shared: tuple[int, ...]
+    equation: str | _Sublists, parts: _Key, dtype: torch.dtype, shared: tuple[int, ...], kind: str
 ) -> Callable[..., torch.Tensor] | None:
-    """The compiled contraction, or ``None`` where torch's own way through the equation can be seen in the result."""
+    """The compiled contraction on a kind of device, or ``None`` where torch's own way through the equation can be seen
+    in the result.
+    """
     shapes = [tuple(shape) for shape, _, _ in parts]
     spec = _parse(equation, [len(shape) for shape in shapes])
     spec.sizes(shapes)
     if dtype in _INTEGERS and len(parts) > 1 and spec.lone(shapes):
         # torch.einsum sums labels of one operand to int64 first, and whether it then fails depends on its order.
         return None
-    cpu = torch.device("cpu")
+    device = torch.device(kind)
     types = [
-        TensorType(shape, dtype, cpu, tuple(stride), follows)
+        TensorType(shape, dtype, device, tuple(stride), follows)
         for shape, (_, stride, follows) in zip(shapes, parts, strict=True)
     ]
     memory = shared or tuple(range(len(parts)))

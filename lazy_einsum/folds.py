@@ -174,7 +174,8 @@ class _Value(NamedTuple):
         for state, tensor in zip(self.states, tensors, strict=True):
             if not state.is_of(tensor):
                 return False
-        return self.stream is None or self.stream == _stream(tensors)
+        # A graph of CUDA's own keeps addresses, and drops of folds are not seen by it: there it is computed anew.
+        return self.stream is None or (self.stream == _stream(tensors) and not torch.cuda.is_current_stream_capturing())
 
 
 def _stream(tensors: Sequence[torch.Tensor]) -> object:
@@ -225,7 +226,6 @@ class Folds:
         """Compute the value of a fold, and keep it as long as a specialization uses it."""
         stream = _stream(tensors)
         if stream is not None and torch.cuda.is_current_stream_capturing():
-            # A graph of CUDA's own keeps addresses, and drops of folds are not seen by it.
             return kept.fold(*tensors)
         with self._lock:
             value = self.values.get(kept)

@@ -41,10 +41,12 @@ for _module, _names in (
         _FUNCTIONS[_name] = (*_FUNCTIONS.get(_name, ()), getattr(_module, _name))
 
 # Methods of C classes, by name: what their object must be an instance of, or, if it is a class, derived from.
-_METHODS: dict[str, type] = {
+_METHODS: dict[str, type | tuple[type, ...]] = {
     **dict.fromkeys(("write", "writelines"), io.IOBase),
     **dict.fromkeys(("now", "utcnow", "today"), datetime.date),
     **dict.fromkeys(("initial_seed", "get_state", "set_state", "seed", "manual_seed"), torch.Generator),
+    **dict.fromkeys(("wait_stream", "wait_event", "record_event"), torch.Stream),
+    **dict.fromkeys(("record", "wait", "synchronize", "query", "elapsed_time"), (torch.Stream, torch.Event)),
 }
 
 _CODE: dict[types.CodeType, str] = {
@@ -59,6 +61,27 @@ _CODE: dict[types.CodeType, str] = {
     torch.random.initial_seed.__code__: "asks for the seed",
     torch.random.get_rng_state.__code__: "asks for the state of torch's random generator",
 }
+# What torch says and does of devices of their own: streams, and the one in use, are no part of the key.
+for _module, _enters, _names in (
+    (torch.cuda, "device StreamContext", "current_device set_device current_stream set_stream synchronize"),
+    (torch.xpu, "device StreamContext", "current_device set_device current_stream set_stream synchronize"),
+    (
+        torch.accelerator,
+        "device_index",
+        "current_device_index set_device_index current_stream set_stream synchronize",
+    ),
+):
+    for _name in _names.split():
+        _CODE[getattr(_module, _name).__code__] = f"calls {_module.__name__}.{_name}()"
+    for _name in _enters.split():
+        _CODE[getattr(_module, _name).__enter__.__code__] = f"enters a {_name} of {_module.__name__}"
+for _module in (torch.cuda.random, torch.xpu.random, torch.mps):
+    for _name in ("manual_seed", "manual_seed_all", "seed", "seed_all", "set_rng_state", "set_rng_state_all"):
+        if hasattr(_module, _name):
+            _CODE[getattr(_module, _name).__code__] = f"seeds torch's random generator of {_module.__name__}"
+    for _name in ("initial_seed", "get_rng_state", "get_rng_state_all"):
+        if hasattr(_module, _name):
+            _CODE[getattr(_module, _name).__code__] = f"asks for the state of the generator of {_module.__name__}"
 # (Where somebody has replaced the function, nothing is this object.)
 _PYTHON_GENERATOR: Any = getattr(random.random, "__self__", object())
 _TORCH = os.path.join(os.path.dirname(os.path.abspath(torch.__file__)), "")
@@ -67,7 +90,10 @@ _MODULES = os.path.join(_TORCH, "nn", "")  # which only call what is the user's
 _WRAPPERS = frozenset(os.path.join(_TORCH, *path) for path in (("_compile.py",), ("_dynamo", "eval_frame.py")))
 _OTHERS = (*(os.path.join(sysconfig.get_paths()[name], "") for name in ("stdlib", "purelib", "platlib")), "<frozen ")
 # Whatever lies in these files is for its effects.
-_FILES = {module.__file__: f"uses {module.__name__}" for module in (threading, queue, subprocess, socket)}
+_FILES = {
+    module.__file__: f"uses {module.__name__}"
+    for module in (threading, queue, subprocess, socket, torch.cuda.memory, torch.cuda.streams, torch.cuda.graphs)
+}
 _MODULE_CALL = nn.Module._wrapped_call_impl.__code__
 _MODULE_INIT = nn.Module.__init__.__code__
 

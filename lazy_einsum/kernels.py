@@ -132,7 +132,7 @@ def _lower(
         dims = [label if size != 1 else "" for label, size in zip(term, type_.shape, strict=True)]
         operands.append(_operand(dims, type_.stride))
     follows = [type_.requires_grad for type_ in types]
-    context = Context(sizes, types[0].dtype, any(follows), machine)
+    context = Context(sizes, types[0].dtype, any(follows), not types[0].is_on_processor, machine)
     layouts = [operand.layout for operand in operands]
     saving = _Saving(saved_price) if saved_price else None
     choices = _choose(context, steps, layouts, wanted, strides, follows, saving)

@@ -30,7 +30,7 @@ class Calls(NamedTuple):
         ratio: the limit on what autograd saves, in parts of what it saves of these.
         stride: strides of the result that is asked for; ``None`` where any will do.
         exact: whether the result has just these.
-        device: where it was measured; ``None`` where the cost model chose.
+        device: where it was measured; where the cost model chose, the kind of device, ``None`` for the processor.
     """
 
     dtypes: tuple[str, ...]

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import fx
 
+from .ambient import product_bits
 from .graph import facts, given, is_einsum, read_einsum, same_mode, type_of, uses
 from .spec import EinsumSpec, symbol
 
@@ -42,7 +43,8 @@ def read_product(node: fx.Node, reassociate: bool | None = None) -> Product | No
     """What ``node`` computes, if it is an einsum under any name; ``None`` where that is not sure.
 
     It is not with ``out``, with operands of unknown, different, integer or coarse types, lazily conjugated or negated
-    ones, on several devices, and in other ambient modes than the graph's own.
+    ones, on several devices, and in other ambient modes than the graph's own; nor are sums where torch's flags let
+    matrix products round their operands (TF32), as a sum of products does not.
 
     Args:
         node: any node.
@@ -67,6 +69,8 @@ def read_product(node: fx.Node, reassociate: bool | None = None) -> Product | No
     ):
         return None
     if {entry.device for entry in entering} != {known.type.device}:
+        return None
+    if node.target in _SUMS and product_bits(known.type.device.type, known.type.dtype):
         return None
     shape = product.spec.output_shape([entry.shape for entry in entering[: len(product.operands)]])
     return product if tuple(map(int, shape)) == tuple(map(int, known.type.shape)) else None
@@ -95,6 +99,11 @@ def why_unread(node: fx.Node, reassociate: bool | None = None) -> str:
 def may_reorder(dtype: torch.dtype, reassociate: bool | None) -> bool:
     """Whether products and sums of this type may be done in another order than the user's."""
     return dtype in (_EXACT | _COARSE if reassociate else _EXACT)
+
+
+def sums_elements(node: fx.Node) -> bool:
+    """Whether ``node`` is a call that sums, but is no product of matrices or vectors to torch."""
+    return node.op in ("call_function", "call_method") and node.target in _SUMS
 
 
 def is_permutation(node: fx.Node) -> bool:
@@ -394,6 +403,7 @@ _PERMUTATION_READERS = (_read_permutation, _read_attribute)
 
 _MULTIPLY = _Row(("input", "other"), ("input", "other"), _elementwise)
 _UNSQUEEZE = spellings("unsqueeze")
+_SUMS = spellings("sum") | {torch.linalg.vecdot}
 
 _ONE = {"beta": 1, "alpha": 1}
 _ROWS: tuple[tuple[frozenset[Any], _Reader], ...] = (

@@ -695,6 +695,8 @@ class Recorder(TorchFunctionMode):
         operands = list(tensors_in(args))
         if len(operands) < 2 or not all(is_fake(operand) for operand in operands):
             return None
+        if len({operand.device for operand in operands}) > 1:
+            return None  # torch raises its own error
         if any(is_symbol(n) for operand in operands for n in (*operand.shape, *operand.stride())):
             return self._generic_einsum(args, operands)
         empty = {id(operand): empty_meta(operand) for operand in operands}

@@ -101,6 +101,11 @@ class TensorType:
         return math.prod(self.shape)
 
     @property
+    def is_on_processor(self) -> bool:
+        """Whether calls on it run on the processor, as the cost model takes them to; without data, they might."""
+        return self.device.type in ("cpu", "meta")
+
+    @property
     def is_contiguous(self) -> bool:
         """Whether the elements lie in memory in the order of the indices."""
         expected = contiguous_strides(self.shape)

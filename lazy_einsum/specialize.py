@@ -34,6 +34,7 @@ from .passes import FOLD, PASSES, Options
 from .passes.choose_paths import PLAN
 from .passes.lower import LOWERED
 from .plan import Plan, make_plan, order_seconds
+from .products import sums_elements
 from .record import Trace
 from .regions import restored
 from .saved import WrittenNetwork, is_within, plan_saving, written_network
@@ -114,6 +115,9 @@ def run_passes(graph: fx.Graph, options: Options, seconds: float = 0.0) -> Itera
 
 WRITTEN = "written memory"
 """The part of a signature's state that says whether inputs share memory that is written."""
+
+PRECISION = "precision"
+"""The part of a signature's state that says what torch's flags allow (TF32), where that matters."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -328,7 +332,7 @@ class Specialization:
         stand for, under the same conditions and the same state of the module.
         """
         values = values_of(generic, self.signature.arguments)
-        state = tuple(item for item in self.signature.state if item[0] != WRITTEN)
+        state = tuple(item for item in self.signature.state if item[0] not in (WRITTEN, PRECISION))
         if values is None or state != reads:
             return None
         symbols = dict(zip(generic.symbols, values, strict=True))
@@ -517,9 +521,11 @@ def specialize(
             if on_stage is not None:
                 on_stage(stage, traced)
         ranges = tuple(plan_conditions(arguments, fused, options, traced.conditions))
+    kinds = _precise_kinds(traced.graph, fused, graph)
+    precision = ambient_module.precisions(kinds)
     targets = [str(node.target) for node in graph.nodes if node.op == "get_attr"]
     state = {target: traced.state[target] for target in dict.fromkeys(targets)}
-    kept, code = keep_folds(graph, folds, ambient) if folds is not None else ((), graph)
+    kept, code = keep_folds(graph, folds, (*ambient, (PRECISION, precision))) if folds is not None else ((), graph)
     complete = partial(finish, traced=traced, grad=dict(ambient)["grad"])
     lower_for = partial(_lower_for, code, () if overlapping else stages.all, kept, options)
     source = Source(code, tuple(state), complete, traced, overlapping, lower_for)
@@ -528,10 +534,14 @@ def specialize(
     if any(traced.writes):
         overlap = partial(shares_written if overlapping else shares_nothing_written, traced.writes)
         reads = (*reads, (WRITTEN, "shared by inputs" if overlapping else "of its own for each input"))
+    if precision:
+        reads = (*reads, (PRECISION, precision))
     conditions = (*traced.conditions, *ranges)
     exceptions: set[Any] = set()
     wanted = list(state.values())
-    guard = compile_guard(arguments, ambient, traced.reads, wanted, overlap, conditions, exceptions, traced.absent)
+    guard = compile_guard(
+        arguments, ambient, traced.reads, wanted, overlap, conditions, exceptions, traced.absent, (kinds, precision)
+    )
     signature = Signature(arguments, ambient, reads, name, conditions)
     seconds = time.perf_counter() - start
     return Specialization(
@@ -550,6 +560,26 @@ def specialize(
         kept,
         orders,
     )
+
+
+def _precise_kinds(traced: fx.Graph, fused: fx.Graph, graph: fx.Graph) -> tuple[tuple[str, torch.dtype], ...]:
+    """Kinds of device and dtypes for which it matters to a graph whether torch's flags let products of matrices round
+    their operands: all, where something is computed once; and where sums of products became matrix products, or would
+    have without these flags, those of the sums.
+
+    Args:
+        traced: as it was recorded.
+        fused: with the networks that are planned.
+        graph: as it runs.
+    """
+    computes_once = any(isinstance(node.target, Fold) for node in graph.nodes)
+    known = [type_of(node) for node in traced.nodes] if computes_once else []
+    sums = [type_of(node) for node in traced.nodes if sums_elements(node)]
+    if len(sums) > sum(map(sums_elements, fused.nodes)) or any(
+        one is not None and ambient_module.product_bits(one.device.type, one.dtype) for one in sums
+    ):
+        known += sums
+    return tuple(sorted({(one.device.type, one.dtype) for one in known if one is not None}, key=str))
 
 
 def keep_folds(

@@ -442,6 +442,7 @@ def compile_guard(
     conditions: Sequence[str] = (),
     exceptions: set[Any] | None = None,
     absent: Sequence[tuple[int, str]] = (),
+    precision: tuple[Sequence[tuple[str, torch.dtype]], tuple[object, ...]] = ((), ()),
 ) -> Guard:
     """A function ``(module, args, kwargs)`` that gives what the specialized code takes, or ``None`` where anything that
     was read has changed.
@@ -457,6 +458,7 @@ def compile_guard(
         conditions: on the symbols among the arguments, as Python expressions.
         exceptions: values of the symbols (a tuple, where there are several) for which the guard fails; it may change.
         absent: attributes that tensors among the arguments (by number) must not have.
+        precision: kinds of device and dtypes, and what ``ambient.precisions`` must give for them.
     """
     writer = _Writer()
     modes = dict(ambient)
@@ -479,6 +481,9 @@ def compile_guard(
             f"{writer.name(ambient_module.bypass)}() is None and {writer.name(ambient_module.ambient)}() == "
             f"{writer.name(ambient)}"
         )
+    kinds, allowed = precision
+    if allowed:
+        writer.require(f"{writer.name(ambient_module.precisions)}({writer.name(kinds)}) == {writer.name(allowed)}")
     for number, name in absent:
         writer.require(f"not hasattr({inputs[number]}, {name!r})")
     if arguments.symbols:

@@ -58,13 +58,13 @@ def device_kind(device: torch.device) -> str:
 
 
 def is_here(kind: str) -> bool:
-    """Whether this process has a device of this kind."""
+    """Whether this process has a device of this kind, or of this type (``"cuda"``)."""
     devices = [torch.device("cpu")]
     accelerator = torch.accelerator.current_accelerator()
     if accelerator is not None:
         devices += [torch.device(accelerator.type, number) for number in range(torch.accelerator.device_count())]
     # Only those of the type in question are asked: to ask one for its name starts it.
-    return any(kind == device_kind(device) for device in devices if kind.startswith(device.type))
+    return any(kind in (device.type, device_kind(device)) for device in devices if kind.startswith(device.type))
 
 
 def mean_seconds(
@@ -74,6 +74,7 @@ def mean_seconds(
     clock: Callable[[], float] = time.perf_counter,
 ) -> float:
     """Seconds of a call, the mean of so many; ``wait`` and ``clock`` as in ``time_in_turns``."""
+    wait()  # for what others have started
     start = clock()
     for _ in range(times):
         call()

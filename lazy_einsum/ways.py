@@ -57,6 +57,8 @@ class Context:
         sizes: size of each label.
         dtype: of the operands.
         follows: autograd follows an operand.
+        few_calls: each call has its price on a device of its own (5 us on CUDA), where a whole product may take no
+            longer: no sum is written out in several calls, and nothing is copied for the processor's kernels.
         machine: what runs the calls.
         views: what ``matrix_view`` gave for operands so far: most are seen again, beside other layouts of the other
             operand or of the result.
@@ -65,6 +67,7 @@ class Context:
     sizes: Sizes
     dtype: torch.dtype
     follows: bool = False
+    few_calls: bool = False
     machine: cost.Machine = cost.CPU
     views: dict[tuple[Layout, tuple[str, ...], bool, bool], Matrix] = field(default_factory=dict)
 
@@ -161,9 +164,9 @@ def ways(context: Context, a: Layout, b: Layout, output: str, hint: str, ahead: 
     if not summed:
         yield from _multiply_ways(context, a, b, sa, sb, hint, ahead)
         return
-    if context.dtype in _SUMMABLE and (batch or (rows and columns)):
+    if context.dtype in _SUMMABLE and (batch or (rows and columns)) and not context.few_calls:
         yield from _multiply_sum_ways(context, a, b, sa, sb, (batch, rows, columns, summed))
-    if context.dtype in _ADDABLE and (batch or rows or columns) and _is_short(summed, sizes):
+    if context.dtype in _ADDABLE and (batch or rows or columns) and _is_short(summed, sizes) and not context.few_calls:
         yield from _loop_sum_ways(context, a, b, sa, sb, (batch, rows, columns, summed), hint, ahead)
     batches = _distinct(memory_order(batch, sa), memory_order(batch, sb), _by_hint(batch, hint))
     sums = _distinct(memory_order(summed, sa), memory_order(summed, sb))
@@ -197,7 +200,7 @@ def ways(context: Context, a: Layout, b: Layout, output: str, hint: str, ahead: 
                             yield _product_way(context, swap, x, y, sx, sy, order, row, column, along, straight=True)
                         if narrow and not order and _is_turned(way):
                             yield _product_way(context, swap, x, y, sx, sy, "", row, column, along, batched=True)
-                        if not order and 1 < sizes[row] < THIN and sx[along[-1]] != 1:
+                        if not order and 1 < sizes[row] < THIN and sx[along[-1]] != 1 and not context.few_calls:
                             yield _product_way(context, swap, x, y, sx, sy, "", row, column, along, copy_first=True)
         if not batch and context.dtype is not torch.bool:
             yield from _loop_ways(context, swap, x, y, sx, sy, m, n, sums)

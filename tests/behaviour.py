@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
+from lazy_einsum.ambient import generators
+
 # Relative to the largest magnitude of the tensor (at least 1): results are sums in another order, so each
 # element is known only up to the size of the terms that were added.
 TOLERANCE = {
@@ -58,8 +60,10 @@ def tensors_in(tree: Any) -> list[Tensor]:
     return [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor)]
 
 
-def clone_tree(tree: Any) -> Any:
-    """Copy nested containers of tensors so that strides, shared memory and ``requires_grad`` stay as they are."""
+def clone_tree(tree: Any, device: str | torch.device | None = None) -> Any:
+    """Copy nested containers of tensors, to a device, so that strides, shared memory and ``requires_grad`` stay as they
+    are.
+    """
     storages: dict[int, torch.UntypedStorage] = {}
     copies: dict[int, Tensor] = {}
 
@@ -71,8 +75,10 @@ def clone_tree(tree: Any) -> Any:
         source = leaf.detach()
         key = source.untyped_storage()._cdata
         if key not in storages:
-            storages[key] = source.untyped_storage().clone()
-        copy = torch.empty(0, dtype=leaf.dtype, device=leaf.device)
+            memory = source.untyped_storage()
+            storages[key] = torch.UntypedStorage(memory.nbytes(), device=device or memory.device)
+            storages[key].copy_(memory)
+        copy = torch.empty(0, dtype=leaf.dtype, device=storages[key].device)
         copy.set_(storages[key], source.storage_offset(), source.shape, source.stride())
         if source.is_conj():
             copy = copy.conj()
@@ -162,8 +168,9 @@ def _gradients(
     totals = []
     for out in differentiable:
         cotangent = torch.rand(out.shape, generator=generator, dtype=torch.float64) + 0.5
-        product = out * cotangent.to(out.dtype)
-        totals.append((product.real + product.imag if product.is_complex() else product).sum().to(torch.float64))
+        product = out * cotangent.to(out.device, out.dtype)
+        total = (product.real + product.imag if product.is_complex() else product).sum()
+        totals.append(total.to("cpu", torch.float64))
     found: dict[str, Tensor | None] = {}
     try:
         if in_turn:
@@ -177,7 +184,7 @@ def _gradients(
         if second:
             again = [g for g in first if g is not None and g.requires_grad]
             if again:
-                energy = sum((g.abs() ** 2).sum().to(torch.float64) for g in again)
+                energy = sum((g.abs() ** 2).sum().to("cpu", torch.float64) for g in again)
                 seconds = torch.autograd.grad(energy, list(wanted.values()), allow_unused=True)
                 found.update((f"second {name}", g) for name, g in zip(wanted, seconds))
     except Exception as error:
@@ -216,7 +223,8 @@ def observe(
             output = call(*args, **kwargs)
         except Exception as error:
             return Observation(error=error, warned=tuple(warned))
-    random_state = torch.get_rng_state()
+    # That of the processor, and those of CUDA's devices.
+    random_state = torch.cat([generator.get_state() for generator in generators()])
     python_random_state = random.getstate()
     flat, spec = pytree.tree_flatten(output)
     outputs = [leaf for leaf in flat if isinstance(leaf, Tensor)]
@@ -268,7 +276,7 @@ class Rounding(TorchFunctionMode):
             if tensor.is_floating_point() or tensor.is_complex():
                 flat = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
                 flat.set_(tensor.untyped_storage())
-                units = torch.randint(-2, 3, flat.shape, generator=self.generator)
+                units = torch.randint(-2, 3, flat.shape, generator=self.generator).to(flat.device)
                 flat.mul_(1 + units.to(flat.real.dtype) * torch.finfo(tensor.dtype).eps)
 
 
@@ -311,6 +319,8 @@ def value_difference(
         return f"dtype {ours.dtype}, expected {theirs.dtype}"
     if ours.shape != theirs.shape:
         return f"shape {tuple(ours.shape)}, expected {tuple(theirs.shape)}"
+    if ours.device != theirs.device:
+        return f"device {ours.device}, expected {theirs.device}"
     ours, theirs = ours.detach().resolve_conj().resolve_neg(), theirs.detach().resolve_conj().resolve_neg()
     if not ours.numel() or tolerance == float("inf"):
         return None

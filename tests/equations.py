@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+from behaviour import clone_tree
 from hypothesis import strategies as st
 
 
@@ -344,7 +345,11 @@ def equations(draw: st.DrawFn, max_operands: int = 4) -> Row:
 
 
 def make_operands(
-    shapes: tuple[tuple[int, ...], ...], dtype: torch.dtype, seed: int = 0, strided: bool = False
+    shapes: tuple[tuple[int, ...], ...],
+    dtype: torch.dtype,
+    seed: int = 0,
+    strided: bool = False,
+    device: str = "cpu",
 ) -> list[torch.Tensor]:
     """Random operands; integers are small, floats of order 1.
 
@@ -353,6 +358,7 @@ def make_operands(
         dtype: type of all.
         seed: of the random numbers; with ``strided`` of the layouts too.
         strided: lay the dimensions in memory in a random order, with gaps, or expanded from size 1.
+        device: where they lie.
     """
     generator = torch.Generator().manual_seed(seed)
 
@@ -376,4 +382,4 @@ def make_operands(
         else:
             tensor = values(tuple(shape[place] for place in order))
         operands.append(tensor.permute(*(order.index(place) for place in range(len(shape)))))
-    return operands
+    return operands if device == "cpu" else clone_tree(operands, device)

@@ -29,4 +29,4 @@ def loops(spec: EinsumSpec, operands: Sequence[torch.Tensor]) -> torch.Tensor:
         for label in spec.output:
             place = place * sizes[label] + at[label]
         result[place] += term
-    return torch.tensor(result, dtype=operands[0].dtype).reshape(shape)
+    return torch.tensor(result, dtype=operands[0].dtype, device=operands[0].device).reshape(shape)

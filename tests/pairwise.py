@@ -78,10 +78,10 @@ class Contraction:
         """Of the operands."""
         return [tuple(self.sizes[label] for label in term) for term in self.equation.split("->")[0].split(",")]
 
-    def operands(self, dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
-        """Random operands."""
+    def operands(self, dtype: torch.dtype = torch.float32, device: str = "cpu") -> list[torch.Tensor]:
+        """Random operands, the same on all devices."""
         generator = torch.Generator().manual_seed(0)
-        return [torch.randn(shape, generator=generator, dtype=dtype) for shape in self.shapes]
+        return [torch.randn(shape, generator=generator, dtype=dtype).to(device) for shape in self.shapes]
 
     @property
     def floor(self) -> float:

@@ -6,12 +6,13 @@ import math
 import random
 from collections import namedtuple
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from behaviour import clone_tree
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -1376,6 +1377,26 @@ def by_name(name: str) -> Program:
     """The row with a name."""
     (row,) = [row for row in PROGRAMS if row.name == name]
     return row
+
+
+def on(row: Program, device: str) -> Program:
+    """A row with its module and its arguments on a device."""
+    if device == "cpu":
+        return row
+
+    def moved(child: Any) -> Any:
+        return child.to(device) if isinstance(child, nn.Module) else child
+
+    def arguments(n: int, generator: torch.Generator) -> Call:
+        call = row.arguments(n, generator)
+        return Call(*clone_tree((call.args, call.kwargs), device))
+
+    def before(number: int, child: Any) -> None:
+        if row.before is not None:
+            row.before(number, child)
+        moved(child)
+
+    return replace(row, make=lambda: moved(row.make()), arguments=arguments, before=before)
 
 
 def names(rows: Sequence[Program] = ()) -> list[str]:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from behaviour import differences
-from programs import PROGRAMS, SIZES, Program, names
+from programs import PROGRAMS, SIZES, Program, names, on
 from test_programs import _call, _copy, _observe
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -83,8 +83,8 @@ QUICK = [row for number, row in enumerate(PROGRAMS) if number % 4 == 0]
 
 
 @pytest.mark.parametrize("row", QUICK, ids=names(QUICK))
-def test_programs_do_what_eager_does(row: Program) -> None:
-    _check_rows(row, "aot_eager", grad=False)
+def test_programs_do_what_eager_does(row: Program, device: str) -> None:
+    _check_rows(on(row, device), "aot_eager", grad=False)
 
 
 @pytest.mark.slow
@@ -92,25 +92,25 @@ def test_programs_do_what_eager_does(row: Program) -> None:
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 @pytest.mark.parametrize("grad", [False, True], ids=["no_grad", "grad"])
 @pytest.mark.parametrize("row", PROGRAMS, ids=names())
-def test_all_programs_do_what_eager_does(row: Program, grad: bool, backend: str) -> None:
-    _check_rows(row, backend, grad)
+def test_all_programs_do_what_eager_does(row: Program, grad: bool, backend: str, device: str) -> None:
+    _check_rows(on(row, device), backend, grad)
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", "eager", "inductor"])
-def test_training_steps(backend: str) -> None:
+def test_training_steps(backend: str, device: str) -> None:
     """Results, aliasing, gradients, buffers, random numbers; a parameter that is reassigned is seen."""
     torch.manual_seed(0)
-    theirs = Layer()
+    theirs = Layer().to(device)
     child = copy.deepcopy(theirs)
     wrapped = OptimizedModule(child, backend=backend)
     for step in range(3):
-        x, y = double(4, 5, grad=True), double(6, 6)
+        x, y = double(4, 5).to(device).requires_grad_(), double(6, 6).to(device)
         found = []
         for module, target in ((theirs, theirs), (child, wrapped)):
             torch.manual_seed(step)
             results = target(x, y)
             gradients = torch.autograd.grad(results[0].square().sum(), [x, *module.parameters()])
-            found.append([*results, *gradients, *module.buffers(), torch.rand(1)])
+            found.append([*results, *gradients, *module.buffers(), torch.rand(1, device=device)])
             assert results[2] is x and results[1].data_ptr() == results[0].data_ptr()
         same(found[1], found[0])
         if step == 1:

@@ -54,11 +54,11 @@ def check(equation: str, operands: list[torch.Tensor]) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("item", ROWS, ids=row_id)
-def test_rows(item: tuple[str, Row], dtype: torch.dtype) -> None:
+def test_rows(item: tuple[str, Row], dtype: torch.dtype, device: str) -> None:
     row = item[1]
-    check(row.equation, make_operands(row.shapes, dtype))
+    check(row.equation, make_operands(row.shapes, dtype, device=device))
     for seed in range(2):
-        check(row.equation, make_operands(row.shapes, dtype, seed, strided=True))
+        check(row.equation, make_operands(row.shapes, dtype, seed, strided=True, device=device))
 
 
 @given(equations(), st.sampled_from(DTYPES), st.integers(0, 9))
@@ -67,11 +67,12 @@ def test_random_equations(row: Row, dtype: torch.dtype, seed: int) -> None:
 
 
 @pytest.mark.parametrize("item", ROWS, ids=row_id)
-def test_gradients(item: tuple[str, Row]) -> None:
+def test_gradients(item: tuple[str, Row], device: str) -> None:
     row = item[1]
 
     def gradients(function: Callable[..., torch.Tensor]) -> tuple[torch.Tensor, ...]:
-        operands = [operand.requires_grad_() for operand in make_operands(row.shapes, torch.complex128, strided=True)]
+        operands = make_operands(row.shapes, torch.complex128, strided=True, device=device)
+        operands = [operand.requires_grad_() for operand in operands]
         result = function(row.equation, *operands)
         return torch.autograd.grad(result.abs().pow(2).sum(), operands)
 
@@ -97,8 +98,8 @@ FORMS: list[Callable[[Callable[..., torch.Tensor], torch.Tensor, torch.Tensor], 
 
 
 @pytest.mark.parametrize("form", FORMS, ids=range(len(FORMS)))
-def test_forms_of_calls(form: Callable[..., torch.Tensor]) -> None:
-    a, b = torch.randn(3, 4, dtype=torch.float64), torch.randn(4, 5, dtype=torch.float64)
+def test_forms_of_calls(form: Callable[..., torch.Tensor], device: str) -> None:
+    a, b = make_operands(((3, 4), (4, 5)), torch.float64, device=device)
     torch.testing.assert_close(form(einsum, a, b), form(torch.einsum, a, b))
 
 

@@ -19,7 +19,7 @@ import pytest
 import torch
 from behaviour import differences
 from checks import shape_of_code
-from programs import PROGRAMS, SIZES, Call, Program, names
+from programs import PROGRAMS, SIZES, Call, Program, names, on
 from test_programs import _call, _copy, _observe
 from torch import Tensor, nn
 from torch.autograd import forward_ad
@@ -728,6 +728,7 @@ def test_strides_are_those_that_code_relies_on() -> None:
 @torch.no_grad()
 def test_values_have_the_strides_that_code_was_made_for(output: str) -> None:
     """Einsums of two, which compute one of three, give others."""
+
     def function(self: Chain, x: Tensor) -> Tensor:
         operands = self.a[:3, :5], self.b[:4, :5], self.c[:2, :5]
         return torch.einsum(f"ij,kj,lj->{output}", *operands).sin() * x.sum()
@@ -1041,8 +1042,9 @@ MODULES = [row for row in PROGRAMS if isinstance(row.make(), nn.Module)]
 
 @pytest.mark.parametrize("grad", [False, True])
 @pytest.mark.parametrize("row", MODULES, ids=names(MODULES))
-def test_programs_with_all_tensors_frozen(row: Program, grad: bool) -> None:
+def test_programs_with_all_tensors_frozen(row: Program, grad: bool, device: str) -> None:
     """The table of programs; with gradients, of inputs only."""
+    row = on(row, device)
     child, wrapped_child = row.make(), row.make()
     for module in (child, wrapped_child):
         for parameter in module.parameters():

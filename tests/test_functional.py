@@ -82,11 +82,11 @@ PROGRAMS = {
 
 
 @pytest.mark.parametrize("name", PROGRAMS)
-def test_programs(name):
+def test_programs(name, device):
     function = PROGRAMS[name]
-    optimized = optimize_einsums_full(function, (X.clone(), Y))
+    optimized = optimize_einsums_full(function, clone_tree((X, Y), device))
     for x in (X, rand(7, 4, dtype=torch.float64) + 1, rand(1, 4, dtype=torch.float64) + 1):
-        ours, theirs = [clone_tree((x.clone().requires_grad_(name[-5:] != "write"), Y)) for _ in range(2)]
+        ours, theirs = [clone_tree((x.clone().requires_grad_(name[-5:] != "write"), Y), device) for _ in range(2)]
         problems = differences(observe(optimized, ours), observe(function, theirs))
         assert not [problem for problem in problems if "forward pass of" not in problem]
 

@@ -503,6 +503,21 @@ hazard("date", with_effect(datetime.datetime.now), refused=r"datetime\.now\(\)")
 hazard("environment", with_effect(lambda: os.environ.get("HOME")), refused="reads the environment")
 hazard("file", with_effect(lambda: open(os.devnull).close()), refused=r"calls open\(\)")
 hazard("event set", with_effect(threading.Event().set), refused="uses threading")
+hazard(
+    "CUDA seeded",
+    with_effect(lambda: torch.cuda.manual_seed(1)),
+    refused="seeds torch's random generator of torch.cuda",
+)
+hazard("memory of CUDA asked for", with_effect(torch.cuda.memory_allocated), refused="uses torch.cuda.memory")
+hazard(
+    "CUDA device entered",
+    with_effect(lambda: torch.cuda.device(-1).__enter__()),
+    refused="enters a device of torch.cuda",
+)
+hazard(
+    "CUDA stream entered", with_effect(lambda: torch.cuda.stream(None).__enter__()), refused="enters a StreamContext of"
+)
+hazard("stream waited for", with_effect(lambda: torch.Stream(device="cpu").query()), refused=r"Stream\.query\(\)")
 hazard("seed asked for", program(lambda self, x: x * (torch.initial_seed() % 7)), refused="seed")
 hazard(
     "iterator outside",

@@ -189,16 +189,16 @@ def test_default_dtype_and_device() -> None:
     assert wrapped.cache_info()[:2] == (0, 3)
 
 
-def test_parameters_are_live() -> None:
+def test_parameters_are_live(device: str) -> None:
     """Law: parameters, buffers and submodules are the child's own at each call."""
-    wrapped = OptimizedModule(Layer())
-    x = x34()
+    wrapped = OptimizedModule(Layer().to(device))
+    x = x34().to(device)
     check(wrapped, x)
-    wrapped.w = nn.Parameter(torch.randn(4, 5, dtype=torch.float64))
+    wrapped.w = nn.Parameter(torch.randn(4, 5, dtype=torch.float64, device=device))
     check(wrapped, x)
-    wrapped.module.w.data = torch.randn(4, 5, dtype=torch.float64)
+    wrapped.module.w.data = torch.randn(4, 5, dtype=torch.float64, device=device)
     check(wrapped, x)
-    wrapped.module.inner = nn.Linear(5, 5).double()
+    wrapped.module.inner = nn.Linear(5, 5).to(device).double()
     check(wrapped, x)
     wrapped.load_state_dict(
         {name: torch.randn_like(value) for name, value in wrapped.state_dict().items()}, assign=True
@@ -207,7 +207,7 @@ def test_parameters_are_live() -> None:
     with torch.no_grad():
         wrapped.module.b.add_(1)
     check(wrapped, x)
-    new = {"w": torch.randn(4, 5, dtype=torch.float64, requires_grad=True)}
+    new = {"w": torch.randn(4, 5, dtype=torch.float64, device=device, requires_grad=True)}
     for module in (wrapped, wrapped.module):
         torch.func.functional_call(module, new, (x,))
     torch.testing.assert_close(
@@ -224,13 +224,13 @@ def test_eager_after_tracing() -> None:
     assert all(type(p) is nn.Parameter for p in layer.parameters())
 
 
-def test_training() -> None:
+def test_training(device: str) -> None:
     torch.manual_seed(0)
-    plain = Layer()
+    plain = Layer().to(device)
     wrapped = OptimizedModule(copy.deepcopy(plain))
     optimizers = [torch.optim.Adam(m.parameters(), lr=1e-2, fused=True) for m in (plain, wrapped)]
     for step in range(30):
-        x = torch.randn(2 + step % 4, 4, dtype=torch.float64)
+        x = torch.randn(2 + step % 4, 4, dtype=torch.float64, device=device)
         losses = []
         for module, optimizer in zip((plain, wrapped), optimizers, strict=True):
             optimizer.zero_grad()

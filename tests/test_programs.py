@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from behaviour import Observation, clone_tree, differences, observe
-from programs import PROGRAMS, SIZES, Call, Program, names
+from programs import PROGRAMS, SIZES, Call, Program, names, on
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
@@ -51,7 +51,8 @@ def _fallbacks(seen: Observation) -> list[str]:
 
 
 @pytest.mark.parametrize("row", PROGRAMS, ids=names())
-def test_wrapped_does_what_eager_does(row: Program) -> None:
+def test_wrapped_does_what_eager_does(row: Program, device: str) -> None:
+    row = on(row, device)
     child, wrapped_child = row.make(), row.make()
     wrapped = OptimizedModule(wrapped_child)
     fallen: list[str] = []
@@ -64,7 +65,8 @@ def test_wrapped_does_what_eager_does(row: Program) -> None:
         theirs = _observe(row, child, child, _copy(call), second=row.second)
         ours = _observe(row, wrapped, wrapped_child, _copy(call), second=row.second)
         assert differences(ours, theirs, tolerance=row.tolerance) == [], f"call {number}"
-        fallen += _fallbacks(ours)
+        if theirs.error is None:  # (Tensors that a row makes itself lie on the processor: others fail with them.)
+            fallen += _fallbacks(ours)
     assert not fallen or (row.may_fall_back and len(fallen) == 1)
     # Tracing must leave nothing behind in the child.
     call = _call(row, 0)
@@ -74,7 +76,8 @@ def test_wrapped_does_what_eager_does(row: Program) -> None:
 
 
 @pytest.mark.parametrize("row", PROGRAMS, ids=names())
-def test_wrapped_does_what_eager_does_without_gradients(row: Program) -> None:
+def test_wrapped_does_what_eager_does_without_gradients(row: Program, device: str) -> None:
+    row = on(row, device)
     child, wrapped_child = row.make(), row.make()
     wrapped = OptimizedModule(wrapped_child, on_untraceable="ignore")
     with torch.no_grad():
@@ -93,8 +96,9 @@ FX_ROWS = [row for row in PROGRAMS if not row.not_for_fx]
 
 
 @pytest.mark.parametrize("row", FX_ROWS, ids=names(FX_ROWS))
-def test_one_shot_does_what_eager_does(row: Program) -> None:
+def test_one_shot_does_what_eager_does(row: Program, device: str) -> None:
     """The result is made for one set of sizes and must hold for the others."""
+    row = on(row, device)
     child = row.make()
     if row.before is not None:
         row.before(0, child)

@@ -39,21 +39,21 @@ class Factorized(nn.Module):
         return self.out(self.drop(self.norm(y).tanh())).squeeze(-1)
 
 
-def pair(dtype: torch.dtype = torch.float64) -> tuple[Factorized, Factorized, OptimizedModule]:
+def pair(dtype: torch.dtype = torch.float64, device: str = "cpu") -> tuple[Factorized, Factorized, OptimizedModule]:
     """Two equal models, and the wrapper of the second."""
     torch.manual_seed(0)
-    theirs = Factorized().to(dtype)
+    theirs = Factorized().to(device, dtype)
     child = copy.deepcopy(theirs)
     return theirs, child, OptimizedModule(child, on_untraceable="raise")
 
 
-def batches(dtype: torch.dtype = torch.float64, n: int = 12) -> list[tuple[Tensor, Tensor]]:
+def batches(dtype: torch.dtype = torch.float64, n: int = 12, device: str = "cpu") -> list[tuple[Tensor, Tensor]]:
     generator = torch.Generator().manual_seed(1)
     sizes = [8, 8, 5, 8, 9, 8, 8, 10, 5, 8, 11, 8][:n]
     return [
         (
-            torch.randn(size, 6, generator=generator, dtype=torch.float64).to(dtype),
-            torch.randn(size, generator=generator, dtype=torch.float64).to(dtype),
+            torch.randn(size, 6, generator=generator, dtype=torch.float64).to(device, dtype),
+            torch.randn(size, generator=generator, dtype=torch.float64).to(device, dtype),
         )
         for size in sizes
     ]
@@ -66,9 +66,14 @@ def same(theirs: nn.Module, child: nn.Module, tolerance: float = 1e-9) -> None:
         torch.testing.assert_close(other[name], value, rtol=tolerance, atol=tolerance, msg=name)
 
 
-def compare(loop: Callable[[nn.Module], list[float]], dtype: torch.dtype = torch.float64, at: float = 1e-9) -> None:
+def compare(
+    loop: Callable[[nn.Module], list[float]],
+    dtype: torch.dtype = torch.float64,
+    at: float = 1e-9,
+    device: str = "cpu",
+) -> None:
     """Run ``loop``, which trains a model and gives its losses, on both."""
-    theirs, child, ours = pair(dtype)
+    theirs, child, ours = pair(dtype, device)
     torch.manual_seed(2)
     expected = loop(theirs)
     torch.manual_seed(2)
@@ -91,11 +96,11 @@ OPTIMIZERS: dict[str, Callable[[Iterator[nn.Parameter]], torch.optim.Optimizer]]
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_optimizers(name: str) -> None:
+def test_optimizers(name: str, device: str) -> None:
     def loop(model: nn.Module) -> list[float]:
         optimizer = OPTIMIZERS[name](model.parameters())
         losses = []
-        for x, y in batches():
+        for x, y in batches(device=device):
             optimizer.zero_grad(set_to_none=len(losses) % 2 == 0)
             loss = F.mse_loss(model(x), y)
             loss.backward()
@@ -103,7 +108,7 @@ def test_optimizers(name: str) -> None:
             losses.append(loss.item())
         return losses
 
-    compare(loop)
+    compare(loop, device=device)
 
 
 def test_accumulation_clipping_and_schedules() -> None:
@@ -145,13 +150,13 @@ def test_lbfgs() -> None:
     compare(loop, at=1e-6)
 
 
-def test_autocast_and_grad_scaler() -> None:
+def test_autocast_and_grad_scaler(device: str) -> None:
     def loop(model: nn.Module) -> list[float]:
         optimizer = torch.optim.SGD(model.parameters(), 0.05)
-        scaler = torch.amp.GradScaler("cpu", init_scale=16.0)
+        scaler = torch.amp.GradScaler(device, init_scale=16.0)
         losses = []
-        for x, y in batches(torch.float32):
-            with torch.autocast("cpu", dtype=torch.bfloat16):
+        for x, y in batches(torch.float32, device=device):
+            with torch.autocast(device, dtype=torch.bfloat16):
                 loss = F.mse_loss(model(x).float(), y)
             scaler.scale(loss).backward()
             scaler.unscale_(optimizer)
@@ -162,7 +167,7 @@ def test_autocast_and_grad_scaler() -> None:
             losses.append(loss.item())
         return losses
 
-    compare(loop, torch.float32, at=1e-4)
+    compare(loop, torch.float32, 1e-4, device)
 
 
 @pytest.mark.parametrize("average", [None, get_ema_multi_avg_fn(0.9)])
