@@ -102,7 +102,7 @@ def test_what_does_not_depend_on_the_label_is_computed_once() -> None:
     operands = make_operands(((6, 5), (5, 4), (4, 3), (3, 2)), torch.int64)
     spec = EinsumSpec.parse("ab,bc,cd,de->ae", [2] * 4)
     plan = make_plan(spec, [x.shape for x in operands], optimize=((2, 3), (1, 2), (0, 1)))
-    program, _ = _in_blocks(plan, [TensorType.of(x) for x in operands], "a", 2, (0, 1), None)
+    program, _ = _in_blocks(plan, [TensorType.of(x) for x in operands], "a", 2, (0, 1), None, CPU)
     n_products = sum(call.target in ("mm", "bmm") for call in program.calls)
     assert n_products == 2 + 3
     torch.testing.assert_close(run(program, operands), torch.linalg.multi_dot([x.double() for x in operands]).long())

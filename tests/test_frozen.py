@@ -153,7 +153,7 @@ FOLDED: dict[str, tuple[Callable[[Chain, Tensor], Any], list[Callable[[Chain], T
     "from the left": (lambda m, x: x.repeat(300, 1) @ m.a @ m.b @ m.c, [lambda m: m.a @ m.b @ m.c]),
     "permuted": (lambda m, x: x @ (m.a @ m.b).T, [lambda m: m.a @ m.b]),
     "permuted copy": (lambda m, x: x @ m.a.T.contiguous(), [lambda m: m.a.T]),
-    "scaled": (lambda m, x: (x.exp() @ (0.5 * (m.a @ m.b))), [lambda m: 0.5 * (m.a @ m.b)]),
+    "scaled": (lambda m, x: x.exp() @ (0.5 * (m.a @ m.b)), [lambda m: 0.5 * (m.a @ m.b)]),
     "other calls": (
         lambda m, x: x @ torch.softmax(m.a.exp() + m.b, dim=-1) + m.shift.sin(),
         [lambda m: torch.softmax(m.a.exp() + m.b, dim=-1)],

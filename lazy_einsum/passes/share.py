@@ -173,9 +173,7 @@ class _Einsums:
         changed: those of which a part is shared.
     """
 
-    def __init__(
-        self, graph: fx.Graph, with_parts: bool, memory_limit: int | None, saved_limit: float | None
-    ) -> None:
+    def __init__(self, graph: fx.Graph, with_parts: bool, memory_limit: int | None, saved_limit: float | None) -> None:
         self.graph = graph
         self.own: dict[fx.Node, Read] = {}
         self.changed: set[fx.Node] = set()

@@ -58,9 +58,7 @@ def products(function, *inputs):
 
 
 def test_parts_of_two():
-    found = check_pass(
-        run, lambda a, b, c, d: (einsum("ab,bc,cd->ad", a, b, c), einsum("ab,ca,bd->cd", b, a, d)), *ALL
-    )
+    found = check_pass(run, lambda a, b, c, d: (einsum("ab,bc,cd->ad", a, b, c), einsum("ab,ca,bd->cd", b, a, d)), *ALL)
     assert found == [
         "einsum_2 = einsum('ab,bc->ac', x0, x1)",
         "einsum = einsum('ab,bc->ac', einsum_2, x2)",
@@ -89,9 +87,7 @@ def test_parts_of_two():
             4,
         ),
         (
-            lambda a, b, c, d: (
-                einsum("ij,jk,kl,lm->im", a, b, c, d) + einsum("ij,jk,kl,ml->im", a, b, c, d.sin())
-            ),
+            lambda a, b, c, d: einsum("ij,jk,kl,lm->im", a, b, c, d) + einsum("ij,jk,kl,ml->im", a, b, c, d.sin()),
             4,
         ),
         # One tensor several times, and diagonals.
@@ -174,9 +170,7 @@ def test_what_does_not_pay():
     small = [x[:4, :4] for x in ALL]
     assert untouched(program, *small)
     # The vectors first.
-    assert untouched(
-        lambda a, b, c, d: einsum("ab,bc,c->a", a, b, c[0]) + einsum("ab,ca,b->c", b, a, d[0]), *ALL
-    )
+    assert untouched(lambda a, b, c, d: einsum("ab,bc,c->a", a, b, c[0]) + einsum("ab,ca,b->c", b, a, d[0]), *ALL)
     with every_network():
         assert len(check_pass(run, program, *small)) == 5
 
