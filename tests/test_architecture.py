@@ -16,6 +16,7 @@ RANKS = {
     "errors": 0,
     "backends": 0,
     "sizes": 0,
+    "hints": 0,
     "counter": 0,
     "where": 0,
     "objects": 0,

@@ -747,6 +747,18 @@ def test_disabled_and_strict_export_are_of_the_module_itself() -> None:
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="AOTInductor needs a C++ compiler")
+def test_a_strict_export_may_have_a_dynamic_batch() -> None:
+    class Three(Chain):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.einsum("ni,ij,jk->nk", x, self.a, self.b)
+
+    model, dim = Three(8), torch.export.Dim("n", max=99)
+    program = torch.export.export(OptimizedModule(model), (torch.rand(5, 8),), dynamic_shapes=({0: dim},), strict=True)
+    for n in (2, 9):
+        x = torch.rand(n, 8)
+        assert same(program.module()(x), model(x))
+
+
 def test_aot_inductor_gives_a_library_that_needs_torch_alone(tmp_path: Path) -> None:
     model, given = Batched(), [batched(n) for n in (5, 2, 7)]
     program = exported(model, *given[0], dynamic=DYNAMIC)
