@@ -10,7 +10,6 @@ import torch
 SYMBOLS = (torch.SymInt, torch.SymFloat, torch.SymBool)
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def plan_by_hints() -> None:
     """Have ``torch.einsum`` plan symbolic sizes by what they are in the first call. (In code that Dynamo captures, this
     runs during the capture.)
@@ -25,6 +24,10 @@ def plan_by_hints() -> None:
     if known is not None and not isinstance(known, _Planner):
         # What stands in sys.modules has the module itself as ``m``.
         planner.m._opt_einsum = _Planner(known)  # type: ignore[attr-defined]
+
+
+# torch.compiler.assume_constant_result, the public way to say so, imports Dynamo, which takes two seconds.
+plan_by_hints._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 class _Planner(types.ModuleType):
