@@ -51,6 +51,17 @@ def bypass() -> str | None:
     return None
 
 
+fx_tracing: Callable[[], bool] = torch.fx._symbolic_trace.is_fx_symbolic_tracing
+# Whether a Tracer of torch.fx records, in any thread. There is no public query.
+
+
+def tracer_of(arguments: Sequence[Any]) -> torch.fx.Tracer | None:
+    """The tracer of ``torch.fx`` that records a call with these arguments."""
+    proxies = (leaf for leaf in torch.utils._pytree.tree_leaves(arguments) if isinstance(leaf, torch.fx.Proxy))
+    tracer = next((proxy.tracer for proxy in proxies), None)
+    return tracer if isinstance(tracer, torch.fx.Tracer) else None
+
+
 def is_exporting() -> bool:
     """Whether ``torch.export`` runs this code on fake tensors and records operations. (Where Dynamo reads the code
     first, it is not run. That export follows functions of torch has no public query.)

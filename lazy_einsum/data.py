@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import math
 import sys
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
@@ -38,6 +39,24 @@ class Constant:
 
     def __repr__(self) -> str:
         return repr(self.value)
+
+
+class ExactComplex(complex):
+    """A complex number that is written as Python code that gives it: ``(inf+nanj)``, as Python writes it, is none, and
+    ``(-0+1j)`` gives a zero of the other sign.
+
+    >>> ExactComplex(-0.0, float("inf"))
+    complex(-0.0, inf)
+    """
+
+    def __repr__(self) -> str:
+        return f"complex({self.real!r}, {self.imag!r})"
+
+
+def in_code(value: complex) -> complex:
+    """``value`` as it can stand in a graph."""
+    is_read_back = all(map(math.isfinite, (value.real, value.imag))) and "-0.0" not in f"{value.real!r} {value.imag!r}"
+    return value if is_read_back else ExactComplex(value)
 
 
 def _bits(value: Any) -> Any:

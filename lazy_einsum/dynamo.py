@@ -7,7 +7,6 @@ write holds for all sizes of the same ranks. So a plan forces no new capture.
 
 from __future__ import annotations
 
-import types
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -22,13 +21,12 @@ from .errors import BackendWarning, LazyEinsumError
 from .fakes import fake_mode
 from .functional import EfficientShapeProp, keep_layouts, put_back
 from .graph import EVERYTHING, Facts, copy_graph, facts, stamp, writes
+from .hints import SYMBOLS, hint, plan_by_hints
 from .passes import OF_SIZES, PASSES, Options
 from .passes.choose_paths import choose_paths
 from .plan import check_optimize
 
 _OWN = ("backend", "optimize", "memory_limit", "reassociate")
-_UNKNOWN_SIZE = 64  # stands for a size of which nothing is known
-_SYMBOLS = (torch.SymInt, torch.SymFloat, torch.SymBool)
 _MODES = frozenset({"_enter_autocast", "_exit_autocast", "_enter_inference_mode", "_exit_inference_mode"})
 
 
@@ -117,7 +115,7 @@ def rewrite(module: fx.GraphModule, example_inputs: Sequence[Any], options: Opti
 def _is_symbolic(value: Any) -> bool:
     """Whether ``value`` is a symbol, or a tensor of symbolic sizes."""
     numbers = (*value.shape, *value.stride()) if isinstance(value, torch.Tensor) else (value,)
-    return any(isinstance(number, _SYMBOLS) for number in numbers)
+    return any(isinstance(number, SYMBOLS) for number in numbers)
 
 
 def _writes_shared(graph: fx.Graph, places: Sequence[fx.Node], example_inputs: Sequence[Any]) -> bool:
@@ -137,20 +135,13 @@ def _writes_shared(graph: fx.Graph, places: Sequence[fx.Node], example_inputs: S
 
 def _example(known: Any) -> Any:
     """An input like ``known``, of plain sizes and without data."""
-    if isinstance(known, _SYMBOLS):
-        return _hint(known)
+    if isinstance(known, SYMBOLS):
+        return hint(known)
     if not isinstance(known, torch.Tensor):
         return known
-    shape, stride = tuple(map(_hint, known.shape)), tuple(map(_hint, known.stride()))
+    shape, stride = tuple(map(hint, known.shape)), tuple(map(hint, known.stride()))
     example = torch.empty_strided(shape, stride, dtype=known.dtype, device=known.device)
     return torch.nn.Parameter(example, known.requires_grad) if isinstance(known, torch.nn.Parameter) else example
-
-
-def _hint(size: Any) -> Any:
-    """What a symbolic size was in the first call. (Asking for its value, the public way, would make it a constant.)"""
-    if not isinstance(size, _SYMBOLS):
-        return size
-    return size.node.hint if size.node.has_hint() else _UNKNOWN_SIZE
 
 
 def _follow_modes(graph: fx.Graph) -> None:
@@ -166,46 +157,6 @@ def _follow_modes(graph: fx.Graph) -> None:
         follows = known.type is not None and grad
         kept = replace(known.type, requires_grad=known.type.requires_grad and follows) if known.type else None
         stamp(node, replace(known, type=kept, grad=grad, movable=movable and not depth and not is_switch))
-
-
-# -- einsums while Dynamo captures
-
-
-def plan_by_hints() -> None:
-    """Have ``torch.einsum`` plan symbolic sizes by what they are in the first call.
-
-    Its planner, opt_einsum, compares sizes, and each comparison makes a constant of a symbol: Dynamo captures anew for
-    each batch size. This is so before any backend is called, hence the change to torch's planner, which is for symbolic
-    sizes only. (Switching ``torch.backends.opt_einsum`` off while Dynamo captures, the public way, would leave other
-    threads, and other backends, without plans.)
-    """
-    planner = torch.backends.opt_einsum
-    known = planner.get_opt_einsum()
-    if known is not None and not isinstance(known, _Planner):
-        # What stands in sys.modules has the module itself as ``m``.
-        planner.m._opt_einsum = _Planner(known)  # type: ignore[attr-defined]
-
-
-class _Planner(types.ModuleType):
-    """opt_einsum as torch uses it.
-
-    Args:
-        real: the module itself.
-    """
-
-    def __init__(self, real: types.ModuleType) -> None:
-        super().__init__(real.__name__)
-        self._real = real
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._real, name)
-
-    def contract_path(self, equation: str, *operands: Any, **options: Any) -> Any:
-        """As opt_einsum's; symbolic sizes are taken for what they are in the first call."""
-        if not any(isinstance(size, torch.SymInt) for operand in operands for size in operand.shape):
-            return self._real.contract_path(equation, *operands, **options)
-        shapes = [tuple(map(_hint, operand.shape)) for operand in operands]
-        return self._real.contract_path(equation, *shapes, shapes=True, **options)
 
 
 plan_by_hints()

@@ -15,6 +15,10 @@ class UntraceableError(LazyEinsumError):
     """A call of a module can't be represented as a graph; the message names the reason and the user's line."""
 
 
+class NotSpecializedError(LazyEinsumError, AttributeError):
+    """There is no code yet. (An ``AttributeError``, so that who lists attributes, as ``torch.jit`` does, passes by.)"""
+
+
 class MemoryLimitError(LazyEinsumError):
     """No contraction order of an einsum stays below the memory limit."""
 

@@ -19,9 +19,10 @@ from .backends import find_backend
 from .cache import Cache, CacheInfo
 from .dispatch import Settings, name_of
 from .distributed import holds_sharded
-from .errors import LazyEinsumError, UntraceableError
+from .errors import NotSpecializedError, UntraceableError
 from .explain import explain
 from .exporting import run_exported
+from .hints import plan_by_hints
 from .parts import WholeDispatcher
 from .passes import Options
 from .plan import check_optimize, learn
@@ -33,8 +34,10 @@ from .specialize import Specialization
 
 _disabled = os.environ.get("LAZY_EINSUM_DISABLE", "") not in ("", "0")
 _is_compiling = torch.compiler.is_compiling
+_is_dynamo_compiling = torch.compiler.is_dynamo_compiling
 _function_modes = ambient_module.function_modes
 _jit_tracing = ambient_module.jit_tracing
+_fx_tracing = ambient_module.fx_tracing
 
 _ON_UNTRACEABLE = ("warn", "raise", "ignore")
 
@@ -84,6 +87,8 @@ def _shows_arguments(kind: type[OptimizedModule], child: Any) -> type[OptimizedM
         made = FunctionType(method.__code__, method.__globals__, method.__name__)
         made.__doc__, made.__qualname__, made.__module__ = method.__doc__, method.__qualname__, method.__module__
         made.__dict__["__signature__"] = shown
+        if called is not function:
+            made.__dict__["__wrapped__"] = function  # whose arguments torch.fx looks at, to trace the wrapper itself
         members = {name: getattr(kind, name) for name in ("__module__", "__qualname__", "__doc__")}
         known[key] = type(kind.__name__, (kind,), {**members, "forward": made})
     return known[key]
@@ -220,12 +225,17 @@ class OptimizedModule(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Call the child through its specialization for these arguments."""
-        if _is_compiling() or _function_modes() or _disabled or _jit_tracing() is not None:
+        if _is_compiling() or _function_modes() or _disabled or _jit_tracing() is not None or _fx_tracing():
             reason = "disabled" if _disabled else ambient_module.bypass()
             if reason is not None:
                 if not _disabled and ambient_module.is_exporting():
                     return run_exported(self._dispatcher, self.module, args, kwargs)
+                if _is_dynamo_compiling():
+                    plan_by_hints()
                 return self.module(*args, **kwargs)
+            tracer = ambient_module.tracer_of((*args, *kwargs.values()))
+            if tracer is not None and tracer.root is not self:
+                return tracer.create_proxy("call_module", tracer.path_of_module(self), args, kwargs)
         return self._dispatcher(self.module, args, kwargs)
 
     # -- inspection
@@ -331,11 +341,11 @@ class OptimizedModule(nn.Module):
         """Generated code of the specialization used last.
 
         Raises:
-            LazyEinsumError: nothing was specialized yet.
+            NotSpecializedError: nothing was specialized yet.
         """
         entries = list(self.specializations.values())
         if not entries:
-            raise LazyEinsumError("nothing is specialized yet: call the module, or prepare(...), first")
+            raise AttributeError  # Python asks __getattr__ then
         return entries[-1].code
 
     # -- in the child's place
@@ -407,6 +417,9 @@ class OptimizedModule(nn.Module):
         except AttributeError:
             if name in _OWN:
                 raise
+            if name == "code":
+                text = "nothing is specialized yet: call the module, or prepare(...), first"
+                raise NotSpecializedError(text) from None
         child = self.module
         value = getattr(child, name)
         is_method = type(value) is MethodType and value.__self__ is child and isinstance(child, nn.Module)
@@ -451,6 +464,12 @@ class OptimizedModule(nn.Module):
     def __repr__(self) -> str:
         inner = repr(self.module).replace("\n", "\n  ")
         return f"{type(self).__name__}(\n  {inner}\n)"
+
+    def __prepare_scriptable__(self) -> Any:
+        """What ``torch.jit.script`` compiles: the child, as this wrapper takes any arguments, which TorchScript has no
+        types for.
+        """
+        return self.module
 
     def __deepcopy__(self, memo: dict[int, Any]) -> OptimizedModule:
         # Some children have one of their own (parametrized ones do), which would be found in its place.

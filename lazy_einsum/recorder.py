@@ -33,7 +33,7 @@ from .calls import (
     undropped,
 )
 from .closures import Closures
-from .data import Constant, Structure, containers_in, flatten, is_array, is_constant, unflatten
+from .data import Constant, Structure, containers_in, flatten, in_code, is_array, is_constant, unflatten
 from .decompose import settings
 from .distributed import call_in_precision, is_distributed, is_fully_sharded, precision_of
 from .errors import UntraceableError
@@ -519,6 +519,8 @@ class Recorder(TorchFunctionMode):
             return {key: self._argument(item) for key, item in value.items()}
         if kind is slice:
             return slice(self._argument(value.start), self._argument(value.stop), self._argument(value.step))
+        if kind is complex:
+            return in_code(value)
         if kind in BASIC:
             return value
         if isinstance(value, range):

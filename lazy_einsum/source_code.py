@@ -18,7 +18,7 @@ from torch import fx, nn
 
 from .argument_names import argument_names
 from .calls import HOOKS
-from .data import Structure
+from .data import Structure, in_code
 from .errors import LazyEinsumError
 from .graph import empty_like, type_of
 from .live import LiveCall, set_attribute
@@ -85,7 +85,10 @@ def refusal(what: str, instead: str) -> LazyEinsumError:
 # -- names
 
 
-_TAKEN = frozenset({*dir(builtins), "self", "torch", "inf", "nan", "NoneType", "device", "fx_pytree", "pytree"})
+_TAKEN = frozenset(
+    {*dir(builtins), *"self torch inf nan NoneType device fx_pytree pytree check math OrderedDict".split()}
+    | set("name tensor expected shape strides dtype follows found steps".split())  # variables of ``check``
+)
 
 
 def _parameter_names(owner: Any, arguments: Arguments) -> dict[int, str]:
@@ -95,7 +98,7 @@ def _parameter_names(owner: Any, arguments: Arguments) -> dict[int, str]:
         if isinstance(arguments.leaves[number], (TensorType, Symbol)):
             name = re.sub(r"\W+", "_", text).strip("_") or "x"
             name = f"x{name}" if name[0].isdigit() else name
-            while name in _TAKEN or keyword.iskeyword(name) or name in found.values():
+            while name in _TAKEN or keyword.iskeyword(name) or name in found.values() or name in arguments.symbols:
                 name += "_"
             found[number] = name
     return found
@@ -186,12 +189,27 @@ def _write(program: Program, names: Collection[str], registered: Mapping[str, _R
             values[node] = new.placeholder(next(left))
         elif node.op == "get_attr":
             if node.users:
-                values[node] = new.create_node("get_attr", registered[node.target].name, name=node.name)
+                name = f"{node.name}_" if node.name == "check" else node.name  # which is the function beside the class
+                values[node] = new.create_node("get_attr", _Path(registered[node.target].name), name=name)
         elif node.op == "output":
             new.output(_result(new, program.result, fx.map_arg(node.args[0], values.__getitem__)))
         else:
             values[node] = new.node_copy(node, values.__getitem__)
     return new.python_code("self")
+
+
+class _Path(str):
+    """A qualified name that ``fx`` writes as Python code, by ``getattr`` where a step is no name in Python. (It asks
+    ``isidentifier`` of each, which is true of ``class``.)
+    """
+
+    def split(self, *args: Any) -> Any:
+        return [_Step(step) for step in super().split(*args)]
+
+
+class _Step(str):
+    def isidentifier(self) -> bool:
+        return super().isidentifier() and not keyword.iskeyword(self)
 
 
 def _check_call(node: fx.Node) -> None:
@@ -244,7 +262,7 @@ def _written(graph: fx.Graph, value: Any) -> Any:
         return items if type(value) is tuple else graph.call_function(torch.Size, (items,))
     if type(value) not in _PLAIN:
         raise refusal(f"forward returns {value!r}, a {type(value).__qualname__}", "return a number or text")
-    return value
+    return in_code(value) if type(value) is complex else value
 
 
 _LIBRARY = ("torch", "operator", "_operator", "math", "collections", "builtins")

@@ -15,6 +15,7 @@ PACKAGE = Path(lazy_einsum.__file__).parent
 RANKS = {
     "errors": 0,
     "sizes": 0,
+    "hints": 0,
     "counter": 0,
     "where": 0,
     "objects": 0,

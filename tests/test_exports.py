@@ -411,6 +411,38 @@ def test_names_are_those_of_arguments_as_far_as_python_has_them() -> None:
     assert torch.allclose(load(source)(*flat), f(*given))
 
 
+def test_names_that_mean_something_in_python() -> None:
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            for name in ("class", "1", "a-b", "check", "math", "inf"):
+                self.register_parameter(name, nn.Parameter(torch.rand(3, 3)))
+            self.inner = nn.ModuleDict({"def": nn.Linear(3, 3)})
+
+        def forward(self, check: Tensor, shape: Tensor, math: Tensor) -> Any:
+            y = check
+            for weight in self.parameters(recurse=False):
+                y = y @ weight
+            return self.inner["def"](y) + shape, math
+
+    model, args = Named(), (torch.rand(3, 3), torch.rand(3), torch.rand(2))
+    specialized = load(OptimizedModule(model).prepare(*args).to_source())
+    specialized.load_state_dict(model.state_dict())
+    assert same(specialized(*args), model(*args))
+
+
+def test_numbers_that_python_writes_otherwise_than_it_reads() -> None:
+    inf, nan = float("inf"), float("nan")
+
+    def f(x: Tensor) -> Any:
+        return x * complex(inf, nan), x + complex(-0.0, inf), x * complex(-0.0, 1.0), x * 2j, complex(nan, -inf)
+
+    x = torch.zeros(2, dtype=torch.complex128)
+    wrapped = OptimizedModule(f, on_untraceable="raise")
+    for run in (wrapped, load(wrapped.prepare(x).to_source())):
+        assert str(run(x)) == str(f(x))
+
+
 def test_parameters_are_made_as_they_were() -> None:
     child = Outputs()
     made = load(OptimizedModule(child).prepare(torch.rand(5, 4), batch={"edges": [torch.rand(3)]}).to_source())
@@ -747,6 +779,18 @@ def test_disabled_and_strict_export_are_of_the_module_itself() -> None:
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="AOTInductor needs a C++ compiler")
+def test_a_strict_export_may_have_a_dynamic_batch() -> None:
+    class Three(Chain):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.einsum("ni,ij,jk->nk", x, self.a, self.b)
+
+    model, dim = Three(8), torch.export.Dim("n", max=99)
+    program = torch.export.export(OptimizedModule(model), (torch.rand(5, 8),), dynamic_shapes=({0: dim},), strict=True)
+    for n in (2, 9):
+        x = torch.rand(n, 8)
+        assert same(program.module()(x), model(x))
+
+
 def test_aot_inductor_gives_a_library_that_needs_torch_alone(tmp_path: Path) -> None:
     model, given = Batched(), [batched(n) for n in (5, 2, 7)]
     program = exported(model, *given[0], dynamic=DYNAMIC)

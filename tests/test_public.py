@@ -5,6 +5,8 @@ from __future__ import annotations
 import inspect
 import logging
 import pickle
+import subprocess
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -237,3 +239,8 @@ def test_verify_passes_on_right_code() -> None:
     m = OptimizedModule(chain, verify=True)
     a, b, c = _operands()
     assert torch.allclose(m(a, b, c), chain(a, b, c))
+
+
+def test_what_takes_long_to_import_is_left_alone() -> None:
+    program = "import sys, lazy_einsum; sys.exit('torch._dynamo' in sys.modules)"
+    subprocess.run([sys.executable, "-c", program], check=True)
