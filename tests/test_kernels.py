@@ -361,12 +361,18 @@ def test_operands_are_expanded_over_a_batch_under_autograd_where_they_are_small(
 
 
 def test_sums_that_are_written_out_are_added_apart_under_autograd() -> None:
-    # The gradients of ``addcmul`` take twice the calls of those of ``mul``.
-    operands = [torch.randn(2, 2000), torch.randn(2, 2, 2000)]
+    # The gradients of ``addcmul`` take twice the calls of those of ``mul``. (Fewer elements are multiplied, then summed.)
+    operands = [torch.randn(2, 200_000), torch.randn(2, 2, 200_000)]
     assert "addcmul_" in targets(program_of("ab,acb->bc", operands))
     operands[0].requires_grad_()
     found = targets(program_of("ab,acb->bc", operands))
     assert "add_" in found and "addcmul_" not in found
+
+
+@pytest.mark.parametrize(("equation", "shape"), [("ab,ab->b", (30, 500)), ("abc,abc->ac", (30, 5, 20))])
+def test_products_are_summed_in_the_order_of_memory(equation: str, shape: tuple[int, ...]) -> None:
+    # (18 us, 24 with the results outermost; 5 by 2,000: 20 and 61.)
+    assert targets(program_of(equation, make_operands([shape, shape], torch.float32))) == ["mul", "sum"]
 
 
 def test_a_product_is_laid_out_for_the_sum_after_it(monkeypatch: pytest.MonkeyPatch) -> None:
