@@ -204,10 +204,10 @@ def serve(requests: Any, answers: Any) -> None:
 def _compile(request: Request) -> None:
     torch.set_num_threads(request.threads)
     torch.set_default_dtype(request.dtype)
+    if request.precision is not None:  # first: it sets some of the others too
+        torch.set_float32_matmul_precision(request.precision)
     for name, value in request.flags.items():
         setattr(_FLAGS_OF, name, value)
-    if request.precision is not None:  # last: it sets some of the others too
-        torch.set_float32_matmul_precision(request.precision)
     torch.use_deterministic_algorithms(request.deterministic)
     backend = find_backend(INDUCTOR, request.options)
     assert backend is not None

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import cmath
 import dataclasses
 import enum
-import math
 import sys
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
@@ -43,7 +43,7 @@ class Constant:
 
 class ExactComplex(complex):
     """A complex number that is written as Python code that gives it: ``(inf+nanj)``, as Python writes it, is none, and
-    ``(-0+1j)`` gives a zero of the other sign.
+    ``(-0+1j)`` and ``-1j`` give a zero of the other sign.
 
     >>> ExactComplex(-0.0, float("inf"))
     complex(-0.0, inf)
@@ -55,8 +55,8 @@ class ExactComplex(complex):
 
 def in_code(value: complex) -> complex:
     """``value`` as it can stand in a graph."""
-    is_read_back = all(map(math.isfinite, (value.real, value.imag))) and "-0.0" not in f"{value.real!r} {value.imag!r}"
-    return value if is_read_back else ExactComplex(value)
+    signed_zero = "-0.0" in (repr(value.real), repr(value.imag)) or (value.real == 0 and value.imag < 0)
+    return ExactComplex(value) if signed_zero or not cmath.isfinite(value) else value
 
 
 def _bits(value: Any) -> Any:

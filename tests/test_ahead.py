@@ -229,20 +229,24 @@ def test_graphs_that_can_not_be_sent(worker: Worker) -> None:
 
 
 def test_serving(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Settings of this process are those of the other one."""
+    """Settings of this process are those of the other one: all, also those that others of them set."""
     seen = []
+    name = "fp32_precision"
 
     def compile_module(backend: object, module: object, types: object, grad: bool) -> None:
-        seen.append((grad, torch.get_default_dtype(), torch.get_float32_matmul_precision()))
+        precision = torch.get_float32_matmul_precision(), getattr(torch.backends.cuda.matmul, name)
+        seen.append((grad, torch.get_default_dtype(), *precision))
         if not grad:
             raise KeyError("a fault")
 
     monkeypatch.setattr(ahead, "compile_module", compile_module)
     before = torch.get_default_dtype(), torch.get_float32_matmul_precision()
+    flags = request().flags
     try:
         sent, answers = io.BytesIO(), io.BytesIO()
-        for grad in (True, False):
-            given = request(grad=grad, dtype=torch.float64, precision="high")
+        for grad, precision, flag in ((True, "high", "tf32"), (False, "highest", "none")):
+            changed = {**flags, name: flag}
+            given = request(grad=grad, dtype=torch.float64, precision=precision, flags=changed)
             ahead._write(sent, pickle.dumps(given))
         sent.write(b"\1")  # the other process went away
         sent.seek(0)
@@ -250,7 +254,8 @@ def test_serving(monkeypatch: pytest.MonkeyPatch) -> None:
     finally:
         torch.set_default_dtype(before[0])
         torch.set_float32_matmul_precision(before[1])
-    assert seen == [(True, torch.float64, "high"), (False, torch.float64, "high")]
+        setattr(torch.backends.cuda.matmul, name, flags[name])
+    assert seen == [(True, torch.float64, "high", "tf32"), (False, torch.float64, "highest", "none")]
     answers.seek(0)
     assert [ahead._read(answers), ahead._read(answers), ahead._read(answers)] == [b"", b"KeyError: 'a fault'", None]
 

@@ -435,12 +435,15 @@ def test_numbers_that_python_writes_otherwise_than_it_reads() -> None:
     inf, nan = float("inf"), float("nan")
 
     def f(x: Tensor) -> Any:
-        return x * complex(inf, nan), x + complex(-0.0, inf), x * complex(-0.0, 1.0), x * 2j, complex(nan, -inf)
+        numbers = complex(nan, -inf), complex(0.0, -1.0), -1j, complex(1.0, -0.0), -0.05 + 1j
+        return x * complex(inf, nan), x + complex(-0.0, inf), x * complex(-0.0, 1.0), x * 2j, numbers
 
     x = torch.zeros(2, dtype=torch.complex128)
     wrapped = OptimizedModule(f, on_untraceable="raise")
     for run in (wrapped, load(wrapped.prepare(x).to_source())):
         assert str(run(x)) == str(f(x))
+        # (As text ``complex(0.0, -1.0)`` is ``-1j``, which Python reads as ``complex(-0.0, -1.0)``.)
+        assert [str(n.real) for n in run(x)[-1]] == [str(n.real) for n in f(x)[-1]]
 
 
 def test_parameters_are_made_as_they_were() -> None:
