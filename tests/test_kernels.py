@@ -361,7 +361,7 @@ def test_operands_are_expanded_over_a_batch_under_autograd_where_they_are_small(
 
 
 def test_sums_that_are_written_out_are_added_apart_under_autograd() -> None:
-    # The gradients of ``addcmul`` take twice the calls of those of ``mul``. (Fewer elements are multiplied, then summed.)
+    # The gradients of ``addcmul`` take twice the calls of those of ``mul``. (Fewer elements make no loop.)
     operands = [torch.randn(2, 200_000), torch.randn(2, 2, 200_000)]
     assert "addcmul_" in targets(program_of("ab,acb->bc", operands))
     operands[0].requires_grad_()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -134,6 +135,23 @@ def test_of_equal_orders_that_which_copies_less(swapped: bool) -> None:
         plan_by_calls(network, None, memory_limit=8)
     result = run(lower_plan(choice.plan, network.types), operands)
     torch.testing.assert_close(result, torch.einsum(equation, *operands), rtol=1e-10, atol=1e-10)
+
+
+def test_an_order_that_takes_longer_is_not_taken_for_fewer_copies() -> None:
+    # The factor of the outermost label is larger here, so it comes later, whatever has to be copied.
+    operands = make_operands(((32, 24), (32, 6), (32,) * 4, (32, 26)), torch.float64)
+    network = network_of("ab,eg,acef,fh->bcgh", [x.requires_grad_() for x in operands])
+    choice = plan_by_calls(network, None)
+    assert choice.plan.ssa_path == plan_saving(network, None)[0].ssa_path
+    assert orders._scattered(choice.plan) > 0
+
+
+@pytest.mark.parametrize("order", list(itertools.permutations(range(4))))
+def test_that_which_copies_least_of_all_equal_orders(order: Sequence[int]) -> None:
+    terms, shapes = ("ab", "eg", "acef", "fh"), ((32, 6), (32, 6), (32,) * 4, (32, 6))
+    operands = [x.requires_grad_() for x in make_operands([shapes[number] for number in order], torch.float64)]
+    network = network_of(",".join(terms[number] for number in order) + "->bcgh", operands)
+    assert orders._scattered(plan_by_calls(network, None).plan) == 0
 
 
 def test_the_best_of_all_orders_within_the_limit_on_memory(monkeypatch: pytest.MonkeyPatch) -> None:
