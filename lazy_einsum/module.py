@@ -8,7 +8,7 @@ import inspect
 import os
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from types import FunctionType, MappingProxyType, MethodType
+from types import CellType, FunctionType, MappingProxyType, MethodType
 from typing import Any
 
 import torch
@@ -87,8 +87,13 @@ def _shows_arguments(kind: type[OptimizedModule], child: Any) -> type[OptimizedM
         made = FunctionType(method.__code__, method.__globals__, method.__name__)
         made.__doc__, made.__qualname__, made.__module__ = method.__doc__, method.__qualname__, method.__module__
         made.__dict__["__signature__"] = shown
-        if called is not function:
-            made.__dict__["__wrapped__"] = function  # whose arguments torch.fx looks at, to trace the wrapper itself
+        inner = inspect.unwrap(function)
+        if called is not function and isinstance(inner, FunctionType):
+            # torch.fx looks at the arguments in its code, to trace the wrapper itself. (Not the function: it would be
+            # kept, and so would all that it closes over.)
+            empty = tuple(CellType() for _ in inner.__code__.co_freevars)
+            made.__dict__["__wrapped__"] = FunctionType(inner.__code__, {}, inner.__name__, None, empty)
+            made.__dict__["__wrapped__"].__dict__["__signature__"] = shown
         members = {name: getattr(kind, name) for name in ("__module__", "__qualname__", "__doc__")}
         known[key] = type(kind.__name__, (kind,), {**members, "forward": made})
     return known[key]
