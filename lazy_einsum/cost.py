@@ -104,6 +104,11 @@ class Machine:
     sum_output: float = 2.6e-9
     sum_row: float = 23e-9
 
+    @property
+    def generates(self) -> bool:
+        """Whether code is generated for it: elementwise calls and sums that follow each other are then one loop."""
+        return self.square > 1
+
     def write(self, path: str) -> None:
         """Write the constants to a file in JSON."""
         write_whole(path, json.dumps(asdict(self), indent=1) + "\n")

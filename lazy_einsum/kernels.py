@@ -407,7 +407,7 @@ class _Writer:
         if result is None:
             # Generated code copies in loops over the dimensions before they are merged, or divides the number of each
             # element by the sizes of those that are. (``ccsd_t1_wmnij`` with gradients: 780 us, 610 without these.)
-            value = self.contiguous(value) if self.machine.square > 1 else value
+            value = self.contiguous(value) if self.machine.generates else value
             result = contiguous_layout(groups, self.sizes)
         return self.call("reshape", value, shape_of(groups, self.sizes), layout=result)
 
@@ -460,7 +460,7 @@ class _Writer:
             return value
         blocked = len(shape) == 2 and min(shape) < _NARROW and math.prod(shape) >= _BLOCKED
         # Inductor lays out a copy as the original, whatever it is called, unless a view is taken of it.
-        as_one = blocked or self.machine.square > 1
+        as_one = blocked or self.machine.generates
         value = self.reshape(value, ("", *layout.dims)) if as_one else value
         value = self.call("contiguous", value, layout=contiguous_layout(self.layouts[value].dims, self.sizes))
         return self.reshape(value, layout.dims) if as_one else value

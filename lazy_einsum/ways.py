@@ -36,6 +36,9 @@ _MANY = 2**12
 SHORT = 9
 """Sums of at most so many terms may be written out."""
 
+# How many times as large as both operands and the result a product may be that generated code sums.
+_MOST_TIMES = 4
+
 # Products of these are not rounded before the sum by a matrix product, whose accumulator is wider.
 NARROW = frozenset({torch.float16, torch.bfloat16})
 _ADDABLE = frozenset({torch.float32, torch.float64, torch.complex64, torch.complex128})
@@ -389,7 +392,7 @@ def walk_order_seconds(
         n_elements += sizes["".join(strides)]
         distance = max(distance, reuse_distance(order, strides, sizes))
         stride = max(stride, strides.get(order[-1], 1)) if order else 1
-    run = _shortest_run(order, tensors, sizes) if machine.square > 1 else math.inf
+    run = _shortest_run(order, tensors, sizes) if machine.generates else math.inf
     return _loops_seconds(loops, stride, distance, n_elements, machine, run)
 
 
@@ -399,7 +402,7 @@ def copy_seconds(order: str, strides: Mapping[str, int], sizes: Sizes, machine: 
     loops = merged_loops(order, (strides,), sizes)
     stride = max(strides[order[-1]], 1) if order else 1
     distance = reuse_distance(order, strides, sizes)
-    run = min(loops[-1], _shortest_run(order, (strides,), sizes)) if loops and machine.square > 1 else math.inf
+    run = min(loops[-1], _shortest_run(order, (strides,), sizes)) if loops and machine.generates else math.inf
     return _loops_seconds(loops, stride, distance, 2 * math.prod(loops), machine, run)
 
 
@@ -619,14 +622,14 @@ def _broadcast(order: str, operands: Sequence[tuple[tuple[str, ...], dict[str, i
 def _multiply_sum_ways(
     context: Context, a: Layout, b: Layout, sa: dict[str, int], sb: dict[str, int], groups: tuple[str, str, str, str]
 ) -> Iterator[Way]:
-    """The product of all elements, then a sum: only while what lies between them stays in the cache, or if compiled
-    code keeps nothing between them.
+    """The product of all elements, then a sum: only while what lies between them stays in the cache. Generated code
+    keeps nothing between them; but what runs in its place, for a second derivative, does, so there are bounds, too.
     """
     sizes, machine = context.sizes, context.machine
     batch, rows, columns, summed = groups
     elements = sizes[batch + rows + columns + summed]
-    fused = machine.square > 1
-    if elements * cost.ITEM > machine.cache and not fused:
+    largest = max(sizes[a.labels], sizes[b.labels], sizes[batch + rows + columns])
+    if elements * cost.ITEM > machine.cache and not (machine.generates and elements <= _MOST_TIMES * largest):
         return
     rows, columns = memory_order(rows, sa), memory_order(columns, sb)
     batch, summed = memory_order(batch, sa), memory_order(summed, sa)
@@ -635,7 +638,7 @@ def _multiply_sum_ways(
     in_a, in_b = memory_order(a.labels, sa), memory_order(b.labels, sb)
     for order in _distinct(batch + outer + summed + inner, in_a + columns, in_b + rows):
         first, second = _aligned(order, a), _aligned(order, b)
-        between = () if fused else (label_strides(contiguous_layout(tuple(order), sizes), sizes),)
+        between = () if machine.generates else (label_strides(contiguous_layout(tuple(order), sizes), sizes),)
         seconds = walk_order_seconds(order, (sa, sb, *between), sizes, machine)
         results = elements // max(sizes[summed], 1)
         seconds += cost.sum_seconds(elements, results, inner_size(order, summed, sizes), machine)

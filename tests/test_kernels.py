@@ -13,6 +13,7 @@ from equations import ROWS, Row, equations, make_operands, row_id
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import loops
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lazy_einsum.backward import arrival_seconds, backward
 from lazy_einsum.cost import CPU, INDUCTOR, Machine
@@ -101,11 +102,47 @@ def test_programs_are_right_whatever_is_fast(row: Row, machine: Machine, seed: i
     check(row.equation, make_operands(row.shapes, torch.int64, seed, strided=seed % 2 == 1), machine=machine)
 
 
+class Calls(TorchDispatchMode):
+    """Notes the names of operations."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        self.names.append(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+def test_generated_copies_come_before_a_view() -> None:
+    """Inductor lays out a copy as it likes, unless a view is taken of it; and where dimensions are merged by the same
+    call, it copies element by element.
+    """
+    equation, operands = "abcd,ec,fd->abef", make_operands([(10, 10, 40, 40), (10, 40), (10, 40)], torch.float32)
+    operands = [operand.requires_grad_() for operand in operands]
+    names = {}
+    for machine in (CPU, INDUCTOR):
+        with Calls() as noted:
+            compile_program(program_of(equation, operands, machine=machine))(*operands)
+        names[machine] = noted.names
+    # (``reshape`` is a copy and ``_unsafe_view`` where it is no view.)
+    assert "_unsafe_view" in names[CPU] and "_unsafe_view" not in names[INDUCTOR]
+    program = program_of("abc,cd->abd", make_operands([(300, 50, 20), (20, 3)], torch.float32), machine=INDUCTOR)
+    copies = [place + 2 for place, name in enumerate(targets(program)) if name == "contiguous"]
+    views = [call.args[0].number for call in program.calls if call.target == "reshape"]
+    assert copies and set(copies) <= set(views)
+
+
 def test_products_are_summed_without_a_tensor_between_where_code_is_generated() -> None:
     operands = make_operands([(30, 50000), (30, 50000)], torch.float32)
     assert "sum" not in targets(program_of("ab,ab->a", operands))
     assert targets(program_of("ab,ab->a", operands, machine=INDUCTOR)) == ["mul", "sum"]
     check("ab,ab->a", [operand.double() for operand in operands], machine=INDUCTOR)
+    # Code that runs in the place of what was generated would hold the product.
+    for size, summed in ((3, True), (6, False)):
+        shape = (2000, 30, size)
+        found = targets(program_of("abc,abd->acd", make_operands([shape, shape], torch.float32), machine=INDUCTOR))
+        assert ("sum" in found) == summed
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int16, torch.int8, torch.uint8], ids=str)
