@@ -17,7 +17,7 @@ from test_programs import _call, _copy, _observe
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from lazy_einsum import BackendWarning, LazyEinsumError, OptimizedModule
+from lazy_einsum import BackendWarning, LazyEinsumError, OptimizedModule, dynamo
 from lazy_einsum.backends import find_backend
 from lazy_einsum.compiled import given_to_backend
 from lazy_einsum.folds import Fold, Kept
@@ -830,6 +830,22 @@ def test_torchs_planner_is_as_before_for_plain_sizes() -> None:
     a, b, v = torch.rand(3, 4), torch.rand(4, 5), torch.rand(5)
     assert planner.contract_path("ij,jk,k->i", a, b, v)[0] == opt_einsum.contract_path("ij,jk,k->i", a, b, v)[0]
     assert planner.contract is opt_einsum.contract
+
+
+@pytest.mark.parametrize("backend", ["inductor", "aot_eager"])
+def test_what_is_behind_is_given_calls_that_suit_it(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[torch.fx.GraphModule] = []
+
+    def generate(*arguments: Any) -> Callable[..., Any]:
+        return lambda graph, inputs: given.append(graph) or graph.forward
+
+    monkeypatch.setattr(dynamo, "as_torch_compile_does", generate)
+    torch._dynamo.reset()
+    x, y = torch.randn(30, 50000), torch.randn(30, 50000)
+    dotted = torch.compile(lambda x, y: einsum("ab,ab->a", x, y), backend="lazy_einsum", options={"backend": backend})
+    torch.testing.assert_close(dotted(x, y), (x * y).sum(1), rtol=1e-4, atol=1e-2)
+    called = [node.target for node in given[0].graph.nodes if node.op == "call_method"]
+    assert called == ["mul", "sum"] if backend == "inductor" else "bmm" in called
 
 
 def test_the_name_is_registered() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from lazy_einsum.backward import arrival_seconds
@@ -61,12 +62,13 @@ def test_few_rows_are_dear_where_both_operands_lie_across() -> None:
 
 
 def test_generated_copies() -> None:
-    sizes = Sizes(a=500, b=500, c=3)
-    turned, short = {"a": 500, "b": 1}, {"c": 500, "a": 1}
+    sizes, turned = Sizes(a=500, b=500), {"a": 500, "b": 1}
     assert copy_seconds("ba", turned, sizes, INDUCTOR) < 0.5 * copy_seconds("ba", turned, sizes)
-    # Each row of three leaves most of a square unused.
-    each = copy_seconds("ba", turned, sizes, INDUCTOR) / 500**2
-    assert copy_seconds("ac", short, sizes, INDUCTOR) / 1500 > 3 * each
+    # Short rows leave much of a square unused.
+    for run, times in ((4, 4), (16, 1), (300, 1)):
+        wide = walk_seconds(10**6, 1, 1, 300, 1, 1, INDUCTOR)
+        assert walk_seconds(10**6, 1, 1, 300, 1, 1, INDUCTOR, run) == pytest.approx(times * wide, rel=0.01)
+        assert walk_seconds(10**6, 1, 1, 300, 1, 1, CPU, run) == walk_seconds(10**6, 1, 1, 300, 1, 1, CPU)
 
 
 def test_gradients_that_come_across_are_dear() -> None:

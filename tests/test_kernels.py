@@ -139,8 +139,7 @@ def test_products_are_summed_without_a_tensor_between_where_code_is_generated() 
     assert targets(program_of("ab,ab->a", operands, machine=INDUCTOR)) == ["mul", "sum"]
     check("ab,ab->a", [operand.double() for operand in operands], machine=INDUCTOR)
     # Code that runs in the place of what was generated would hold the product.
-    for size, summed in ((3, True), (6, False)):
-        shape = (2000, 30, size)
+    for shape, summed in (((2000, 30, 3), True), ((20_000, 10, 6), False)):
         found = targets(program_of("abc,abd->acd", make_operands([shape, shape], torch.float32), machine=INDUCTOR))
         assert ("sum" in found) == summed
 
