@@ -395,6 +395,20 @@ def test_inductor_is_given_calls_that_suit_it() -> None:
     ]
 
 
+@pytest.mark.slow
+def test_inductor_copies_in_loops_over_the_dimensions() -> None:
+    """A layer in the tensor-train format, whose matrices are copies with merged dimensions in both directions."""
+    shapes = [(128, 8, 8, 8), (8, 8, 16), (16, 8, 8, 16), (16, 8, 8)]
+    operands = [torch.randn(shape).requires_grad_() for shape in shapes]
+    layer = OptimizedModule(lambda *operands: einsum("abcd,bef,fcgh,hdi->aegi", *operands), backend="inductor")
+    torch.compiler.reset()
+    with torch._inductor.config.patch(force_disable_caches=True):
+        _, codes = torch._inductor.utils.run_and_get_code(lambda: layer(*operands).sum().backward())
+    assert len(codes) == 2 and all("for(" in code for code in codes)
+    # Otherwise each element's place is divided by the sizes of the dimensions.
+    assert not any("div_floor" in code for code in codes)
+
+
 def test_folds_stay_outside_of_what_inductor_is_given() -> None:
     a, b = nn.Parameter(torch.randn(5, 40)), nn.Parameter(torch.randn(40, 5))
 

@@ -65,10 +65,13 @@ def test_generated_copies() -> None:
     sizes, turned = Sizes(a=500, b=500), {"a": 500, "b": 1}
     assert copy_seconds("ba", turned, sizes, INDUCTOR) < 0.5 * copy_seconds("ba", turned, sizes)
     # Short rows leave much of a square unused.
-    for run, times in ((4, 4), (16, 1), (300, 1)):
-        wide = walk_seconds(10**6, 1, 1, 300, 1, 1, INDUCTOR)
+    wide = walk_seconds(10**6, 1, 1, 300, 1, 1, INDUCTOR, 300)
+    for run, times in ((4, 4), (16, 1)):
         assert walk_seconds(10**6, 1, 1, 300, 1, 1, INDUCTOR, run) == pytest.approx(times * wide, rel=0.01)
-        assert walk_seconds(10**6, 1, 1, 300, 1, 1, CPU, run) == walk_seconds(10**6, 1, 1, 300, 1, 1, CPU)
+    # Products go one by one, as all calls of torch do.
+    each = walk_seconds(10**6, 1, 1, 300, 1, 1, INDUCTOR)
+    assert each > 2 * wide and each == pytest.approx(walk_seconds(10**6, 1, 1, 300, 1, 1, CPU), rel=0.01)
+    assert walk_seconds(10**6, 1, 1, 300, 1, 1, CPU, 4) == walk_seconds(10**6, 1, 1, 300, 1, 1, CPU)
 
 
 def test_gradients_that_come_across_are_dear() -> None:

@@ -144,6 +144,17 @@ def test_products_are_summed_without_a_tensor_between_where_code_is_generated() 
         assert ("sum" in found) == summed
 
 
+@pytest.mark.parametrize(("equation", "eager", "generated"), [("ab,bc->ac", "mm", "bmm"), ("ab,b->a", "mv", "mv")])
+def test_generated_code_multiplies_matrices_as_batches(equation: str, eager: str, generated: str) -> None:
+    """Inductor copies the operands of ``mm`` as matrices, with divisions per element, those of ``bmm`` in loops."""
+    operands = make_operands([(30,) * len(term) for term in equation.split("->")[0].split(",")], torch.float64)
+    assert set(targets(program_of(equation, operands))) & {"mm", "bmm", "mv"} == {eager}
+    for scale in (None, 3.0):
+        program = program_of(equation, operands, scale=scale, machine=INDUCTOR)
+        assert set(targets(program)) & {"mm", "bmm", "mv"} == {generated}
+    check(equation, operands, machine=INDUCTOR)
+
+
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int16, torch.int8, torch.uint8], ids=str)
 def test_small_integers_wrap_as_in_torch(dtype: torch.dtype) -> None:
     for _, row in ROWS:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from test_backward import EQUATIONS
 
+from lazy_einsum.cost import CPU, INDUCTOR, Machine
 from lazy_einsum.kernels import _write_way, _Writer
 from lazy_einsum.layout import Layout, Sizes, label_strides
 from lazy_einsum.program import Program, compile_program, run
@@ -31,26 +32,40 @@ def laid_out(
 
 
 def all_ways(
-    equation: str, operands: list[torch.Tensor], sizes: Mapping[str, int], hint: str = "", ahead: str = ""
+    equation: str,
+    operands: list[torch.Tensor],
+    sizes: Mapping[str, int],
+    hint: str = "",
+    ahead: str = "",
+    machine: Machine = CPU,
 ) -> tuple[list[Way], list[Layout]]:
     left, output = equation.split("->")
     layouts = [Layout(tuple(term), x.stride()) for term, x in zip(left.split(","), operands, strict=True)]
-    context = Context(Sizes(sizes), operands[0].dtype, any(x.requires_grad for x in operands))
+    context = Context(Sizes(sizes), operands[0].dtype, any(x.requires_grad for x in operands), machine=machine)
     return list(ways(context, *layouts, output, hint or output, ahead)), layouts
 
 
-def program_of(way: Way, layouts: list[Layout], sizes: Mapping[str, int], operands: list[torch.Tensor]) -> Program:
-    writer = _Writer(Sizes(sizes), 2)
+def program_of(
+    way: Way,
+    layouts: list[Layout],
+    sizes: Mapping[str, int],
+    operands: list[torch.Tensor],
+    machine: Machine = CPU,
+) -> Program:
+    writer = _Writer(Sizes(sizes), 2, machine)
     writer.layouts.update(enumerate(layouts))
     pair = (1, 0) if way.swap else (0, 1)
-    context = Context(Sizes(sizes), operands[0].dtype, any(x.requires_grad for x in operands))
+    context = Context(Sizes(sizes), operands[0].dtype, any(x.requires_grad for x in operands), machine=machine)
     return writer.program(_write_way(writer, context, way, *pair, None), 0.0)
 
 
+@pytest.mark.parametrize("machine", [CPU, INDUCTOR], ids=["", "generated"])
 @pytest.mark.parametrize("follows", [False, True], ids=["", "followed"])
 @pytest.mark.parametrize("sizes", [SMALL, LARGE, LONG], ids=["small", "large", "long"])
 @pytest.mark.parametrize("equation", [*EQUATIONS, "eab,ebc->eac", "eab,abc->ec", "abe,abc->ec", "a,ab->b"])
-def test_every_way_computes_the_contraction(equation: str, sizes: Mapping[str, int], follows: bool) -> None:
+def test_every_way_computes_the_contraction(
+    equation: str, sizes: Mapping[str, int], follows: bool, machine: Machine
+) -> None:
     if "e" in equation and "e" not in sizes:
         sizes = {**sizes, "e": 7}
     left, output = equation.split("->")
@@ -58,11 +73,11 @@ def test_every_way_computes_the_contraction(equation: str, sizes: Mapping[str, i
     for order in itertools.islice(itertools.permutations(sorted(set(equation) - set(",->"))), 0, None, 3):
         operands = [laid_out(term, order, sizes).requires_grad_(follows) for term in terms]
         expected = torch.einsum(equation, *operands)
-        found, layouts = all_ways(equation, operands, sizes, "".join(order), output[:1])
+        found, layouts = all_ways(equation, operands, sizes, "".join(order), output[:1], machine)
         assert found
         for way in found:
             assert way.seconds > 0
-            program = program_of(way, layouts, sizes, operands)
+            program = program_of(way, layouts, sizes, operands, machine)
             result = run(program, operands)
             assert result.stride() == way.result.strides, way
             own = label_strides(way.result, sizes)
@@ -77,6 +92,17 @@ def test_all_kinds_are_among_them() -> None:
         operands = [laid_out(term, tuple("abcd"), sizes) for term in equation.split("->")[0].split(",")]
         kinds |= {way.kind for way in all_ways(equation, operands, sizes)[0]}
     assert kinds == {"product", "multiply", "multiply and sum", "loop"}
+
+
+def test_nothing_is_copied_before_a_product_that_broadcasts_where_code_is_generated() -> None:
+    """Inductor makes the copies part of the product, which reads across memory for each of its elements."""
+    sizes = {"a": 128, "b": 64, "c": 1, "d": 64}
+    operands = [laid_out(term, tuple("abd"), sizes) for term in ("ab", "ad")]
+    copied = {}
+    for machine in (CPU, INDUCTOR):
+        found, _ = all_ways("ab,ad->bda", operands, sizes, machine=machine)
+        copied[machine] = any(any(way.copies) for way in found)
+    assert copied == {CPU: True, INDUCTOR: False}
 
 
 def test_a_product_that_broadcasts_may_lie_as_the_next_sum_wants() -> None:
