@@ -8,7 +8,6 @@ those of another machine; processes with ``LAZY_EINSUM_MACHINE`` set to the file
 from __future__ import annotations
 
 import json
-import math
 import os
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
@@ -147,12 +146,7 @@ _file = os.environ.get("LAZY_EINSUM_MACHINE")
 CPU = Machine.read(_file) if _file else Machine()
 """The machine that plans are made for."""
 
-INDUCTOR = replace(
-    CPU,
-    launch=0.3 * CPU.launch,
-    tile=CPU.element,
-    square=16,
-)
+INDUCTOR = replace(CPU, launch=0.3 * CPU.launch, tile=CPU.element, square=16)
 """The same machine where Inductor generates the code: views cost nothing, and copies across memory are transposed in
 registers. (48 copies of 2 to 6 dimensions and 24,000 to 4,600,000 elements, Intel Xeon: 0.6 to 1.0 ns per element where
 torch takes 0.9 to 5.7; straight ones 0.4 to 0.5 with both; rows of 2 or 3 elements 1.8 to 2.3. Rows of 8 that lie apart

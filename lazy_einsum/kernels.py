@@ -607,7 +607,7 @@ def _write_way(writer: _Writer, context: Context, way: Way, x: int, y: int, alph
     result = _product_layout(writer.layouts[x], writer.layouts[y], sizes)
     value = writer.call("mul", x, Value(y), layout=result)
     if way.kind != "multiply and sum":
-        return value
+        return value if result == way.result else writer.contiguous(value)
     places = tuple(place for place, dim in enumerate(result.dims) if dim and dim in way.over)
     # torch sums small integers to int64, but a contraction keeps their type.
     keep = {} if context.dtype.is_floating_point or context.dtype.is_complex else {"dtype": context.dtype}

@@ -476,8 +476,12 @@ def _multiply_ways(
             calls,
         )
         wanted = contiguous_layout(tuple(order), sizes)
-        # A copy is no call of its own where code is generated: the product would read across memory all the same.
-        if result != wanted and max(counts) < elements and not machine.generates:
+        if result != wanted and machine.generates:
+            # Its code writes the product in any order, and reads the operands as they lie: copies are part of it.
+            seconds += walk_order_seconds(order, (sa, sb, label_strides(wanted, sizes)), sizes, machine)
+            taken = _group_strides(x, sx), _group_strides(y, sy)
+            yield Way("multiply", swap, x, y, "", wanted, seconds, taken, calls)
+        elif result != wanted and max(counts) < elements:
             own = ["".join(label for label in order if label in strides) for strides in (sa, sb)]
             seconds += copy_seconds(own[0], sa, sizes, machine) + copy_seconds(own[1], sb, sizes, machine)
             copied = [label_strides(contiguous_layout(tuple(labels), sizes), sizes) for labels in own]
