@@ -93,7 +93,8 @@ def arrival_seconds(way: Way, gradient: Layout, sizes: Sizes, machine: cost.Mach
         return 0.0
     # Elementwise calls take any layout, only not as fast, and hand it on: the product for each operand is across the
     # memory of the other, and so are the sums of these. (128 x 10 x 64 x 10: 220 and 250 us, 900 and 1,100 across.)
-    return 3 * walk_order_seconds(order, (strides, own), sizes, machine)
+    terms = sizes[way.over] if machine.generates else 1
+    return 3 * terms * walk_order_seconds(order, (strides, own), sizes, machine)
 
 
 _Gradients = tuple[Layout | None, Layout | None]

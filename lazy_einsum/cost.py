@@ -146,16 +146,24 @@ _file = os.environ.get("LAZY_EINSUM_MACHINE")
 CPU = Machine.read(_file) if _file else Machine()
 """The machine that plans are made for."""
 
-INDUCTOR = replace(CPU, launch=0.3 * CPU.launch, tile=CPU.element, square=16)
+INDUCTOR = replace(
+    CPU,
+    launch=0.3 * CPU.launch,
+    strided_element=2.5 * CPU.strided_element,
+    far_element=2.5 * CPU.far_element,
+    aliased_element=2 * CPU.aliased_element,
+    tile=CPU.element,
+    square=16,
+)
 """The same machine where Inductor generates the code: views cost nothing, and copies across memory are transposed in
 registers. (48 copies of 2 to 6 dimensions and 24,000 to 4,600,000 elements, Intel Xeon: 0.6 to 1.0 ns per element where
 torch takes 0.9 to 5.7; straight ones 0.4 to 0.5 with both; rows of 2 or 3 elements 1.8 to 2.3. Rows of 8 that lie apart
-take as long as torch's: 240 us for 20,000.)
+take as long as torch's: 240 us for 20,000.) Products and sums go one by one where an operand lies across: 0.9 to 1.5 ns
+per element, 0.2 to 0.6 along the memory of both, 5.6 where the lines of an operand get into each other's place.
 """
 
-# What an element of a copy across memory takes in squares, to one by one. Products of operands of which one lies across
-# go one by one, as torch's do (64 x 64 x 128, Intel Xeon: 0.9 to 1.0 ns per element, 0.3 along the memory of both).
-_IN_SQUARES = 0.4
+# What an element of a copy across memory takes in squares, to one by one.
+_IN_SQUARES = 0.15
 
 ITEM = 4
 """Bytes per element assumed where no dtype is known."""

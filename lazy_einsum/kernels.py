@@ -46,6 +46,7 @@ from .ways import (
     lone_labels,
     split_for_sum,
     summed_layout,
+    walk_order_seconds,
     ways,
 )
 
@@ -277,6 +278,8 @@ def _choose(
                             if key not in arrivals:
                                 arrivals[key] = arrival_seconds(inner, gradient, sizes, context.machine)
                             total += arrivals[key]
+                    if total <= limit and context.machine.generates:
+                        total += _copied_products_seconds(context, way, (one, a.way), (two, b.way))
                     if total <= limit and saving:
                         given = [
                             (summed, number < len(operands) and summed is choice.layout and not index, follows[number])
@@ -293,6 +296,25 @@ def _choose(
                     limit = sorted([choice.seconds for choice in best.values()])[keep - 1]
         choices.append(sorted(best.values(), key=lambda choice: choice.seconds)[:keep])
     return choices
+
+
+def _copied_products_seconds(context: Context, way: Way, *pair: tuple[Layout, Way | None]) -> float:
+    """What it takes more if a step copies a product or sum of a step before: generated code goes through these in the
+    order of the copy, where their operands lie across.
+    """
+    sizes, machine = context.sizes, context.machine
+    seconds = 0.0
+    for place, groups in enumerate((way.first, way.second)):
+        layout, inner = pair[place ^ way.swap]
+        if inner is None or inner.kind == "product":
+            continue
+        strides = label_strides(layout, sizes)
+        if way.flips[place] or way.copies[place] or group_strides(groups, strides, sizes) is None:
+            order = "".join(flipped(groups) if way.flips[place] else groups)
+            own = label_strides(contiguous_layout(tuple(order), sizes), sizes)
+            seconds += sizes[inner.over] * walk_order_seconds(order, (strides, own), sizes, machine)
+            seconds -= copy_seconds(order, strides, sizes, machine)
+    return seconds
 
 
 def _consumers(steps: Sequence[Contraction]) -> dict[int, Contraction]:

@@ -169,11 +169,10 @@ def ways(context: Context, a: Layout, b: Layout, output: str, hint: str, ahead: 
         return
     if context.dtype in _SUMMABLE and (batch or (rows and columns)) and not context.few_calls:
         yield from _multiply_sum_ways(context, a, b, sa, sb, (batch, rows, columns, summed))
-    # Generated code stacks the gradients of slices in calls of their own. (``bcwi,bci->bcw``, 50 x 64 x 9 x 9, forward and
-    # backward, Intel Xeon: 1,250 us, 540 as a product of matrices.)
-    stacked = context.machine.generates and context.follows
-    whole = context.few_calls or stacked
-    if context.dtype in _ADDABLE and (batch or rows or columns) and _is_short(summed, sizes) and not whole:
+    # Generated code stacks the gradients of slices in calls of their own. (``bcwi,bci->bcw``, 50 x 64 x 9 x 9, forward
+    # and backward, Intel Xeon: 1,250 us, 540 as a product of matrices.)
+    in_one = context.few_calls or (context.machine.generates and context.follows)
+    if context.dtype in _ADDABLE and (batch or rows or columns) and _is_short(summed, sizes) and not in_one:
         yield from _loop_sum_ways(context, a, b, sa, sb, (batch, rows, columns, summed), hint, ahead)
     batches = _distinct(memory_order(batch, sa), memory_order(batch, sb), _by_hint(batch, hint))
     sums = _distinct(memory_order(summed, sa), memory_order(summed, sb))

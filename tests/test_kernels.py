@@ -144,6 +144,18 @@ def test_products_are_summed_without_a_tensor_between_where_code_is_generated() 
         assert ("sum" in found) == summed
 
 
+def test_generated_products_lie_as_the_next_step_takes_them() -> None:
+    """A copy of a product is part of its code, and has it go across the memory of its operands."""
+    operands = make_operands([(128, 10, 64), (128, 10, 64), (10, 10, 10, 64)], torch.float32)
+    program = program_of("abc,adc,ebdc->aec", operands, True, machine=INDUCTOR)
+    (product,) = [place for place, name in enumerate(targets(program)) if name == "mul"]
+    taken = next(place for place, name in enumerate(targets(program)) if name == "bmm")
+    with Calls() as noted:
+        compile_program(program)(*operands)
+    # One copy of the matrices, one that has the product lie in order, none of the product as a matrix.
+    assert targets(program)[product:taken].count("contiguous") <= 2 and noted.names.count("clone") <= 3
+
+
 @pytest.mark.parametrize(("equation", "eager", "generated"), [("ab,bc->ac", "mm", "bmm"), ("ab,b->a", "mv", "mv")])
 def test_generated_code_multiplies_matrices_as_batches(equation: str, eager: str, generated: str) -> None:
     """Inductor copies the operands of ``mm`` as matrices, with divisions per element, those of ``bmm`` in loops."""

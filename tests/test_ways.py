@@ -86,12 +86,17 @@ def test_every_way_computes_the_contraction(
             torch.testing.assert_close(compile_program(program)(*operands), result, rtol=0, atol=0)
 
 
-def test_all_kinds_are_among_them() -> None:
+@pytest.mark.parametrize("machine", [CPU, INDUCTOR], ids=["", "generated"])
+@pytest.mark.parametrize("follows", [False, True], ids=["", "followed"])
+def test_all_kinds_are_among_them(follows: bool, machine: Machine) -> None:
     kinds = set()
     for equation, sizes in itertools.product(EQUATIONS, (SMALL, LARGE)):
-        operands = [laid_out(term, tuple("abcd"), sizes) for term in equation.split("->")[0].split(",")]
-        kinds |= {way.kind for way in all_ways(equation, operands, sizes)[0]}
-    assert kinds == {"product", "multiply", "multiply and sum", "loop"}
+        terms = equation.split("->")[0].split(",")
+        operands = [laid_out(term, tuple("abcd"), sizes).requires_grad_(follows) for term in terms]
+        kinds |= {way.kind for way in all_ways(equation, operands, sizes, machine=machine)[0]}
+    # Generated code would stack the gradients of slices.
+    loops = {"loop"} if machine is CPU or not follows else set()
+    assert kinds == {"product", "multiply", "multiply and sum"} | loops
 
 
 def test_products_that_broadcast_where_code_is_generated() -> None:
