@@ -299,21 +299,21 @@ def _choose(
 
 
 def _copied_products_seconds(context: Context, way: Way, *pair: tuple[Layout, Way | None]) -> float:
-    """What it takes more if a step copies a product or sum of a step before: generated code goes through these in the
-    order of the copy, where their operands lie across.
+    """What it takes more if a step copies the elementwise product of a step before: generated code multiplies in the
+    order of the copy, where the operands lie across.
     """
     sizes, machine = context.sizes, context.machine
     seconds = 0.0
     for place, groups in enumerate((way.first, way.second)):
         layout, inner = pair[place ^ way.swap]
-        if inner is None or inner.kind == "product":
+        if inner is None or inner.kind != "multiply":
             continue
         strides = label_strides(layout, sizes)
         if way.flips[place] or way.copies[place] or group_strides(groups, strides, sizes) is None:
             order = "".join(flipped(groups) if way.flips[place] else groups)
             own = label_strides(contiguous_layout(tuple(order), sizes), sizes)
-            seconds += sizes[inner.over] * walk_order_seconds(order, (strides, own), sizes, machine)
-            seconds -= copy_seconds(order, strides, sizes, machine)
+            across = walk_order_seconds(order, (strides, own), sizes, machine)
+            seconds += max(0.0, across - copy_seconds(order, strides, sizes, machine))
     return seconds
 
 
@@ -629,7 +629,7 @@ def _write_way(writer: _Writer, context: Context, way: Way, x: int, y: int, alph
     result = _product_layout(writer.layouts[x], writer.layouts[y], sizes)
     value = writer.call("mul", x, Value(y), layout=result)
     if way.kind != "multiply and sum":
-        return value if result == way.result else writer.contiguous(value)
+        return writer.contiguous(value) if way.copied else value
     places = tuple(place for place, dim in enumerate(result.dims) if dim and dim in way.over)
     # torch sums small integers to int64, but a contraction keeps their type.
     keep = {} if context.dtype.is_floating_point or context.dtype.is_complex else {"dtype": context.dtype}

@@ -36,7 +36,7 @@ _MANY = 2**12
 SHORT = 9
 """Sums of at most so many terms may be written out."""
 
-# How many times as large as both operands and the result a product may be that generated code sums.
+# How many times as large as the largest of both operands and the result a product may be that generated code sums.
 _MOST_TIMES = 4
 
 # Products of these are not rounded before the sum by a matrix product, whose accumulator is wider.
@@ -92,6 +92,7 @@ class Way(NamedTuple):
         calls: how many calls make each operand that, copies apart.
         flips: which operands are copied with the last two groups exchanged, and viewed with them exchanged back.
         copies: which operands are copied to be contiguous in the dimensions that they are viewed as.
+        copied: the result is copied to be contiguous.
     """
 
     kind: str
@@ -105,6 +106,7 @@ class Way(NamedTuple):
     calls: tuple[int, int]
     flips: tuple[bool, bool] = (False, False)
     copies: tuple[bool, bool] = (False, False)
+    copied: bool = False
 
 
 def lone_labels(one: Layout, two: Layout, output: str) -> str:
@@ -171,8 +173,8 @@ def ways(context: Context, a: Layout, b: Layout, output: str, hint: str, ahead: 
         yield from _multiply_sum_ways(context, a, b, sa, sb, (batch, rows, columns, summed))
     # Generated code stacks the gradients of slices in calls of their own. (``bcwi,bci->bcw``, 50 x 64 x 9 x 9, forward
     # and backward, Intel Xeon: 1,250 us, 540 as a product of matrices.)
-    in_one = context.few_calls or (context.machine.generates and context.follows)
-    if context.dtype in _ADDABLE and (batch or rows or columns) and _is_short(summed, sizes) and not in_one:
+    written_out = _is_short(summed, sizes) and not (context.machine.generates and context.follows)
+    if context.dtype in _ADDABLE and (batch or rows or columns) and written_out and not context.few_calls:
         yield from _loop_sum_ways(context, a, b, sa, sb, (batch, rows, columns, summed), hint, ahead)
     batches = _distinct(memory_order(batch, sa), memory_order(batch, sb), _by_hint(batch, hint))
     sums = _distinct(memory_order(summed, sa), memory_order(summed, sb))
@@ -479,12 +481,14 @@ def _multiply_ways(
             calls,
         )
         wanted = contiguous_layout(tuple(order), sizes)
-        if result != wanted and machine.generates:
+        if result == wanted:
+            continue
+        if machine.generates:
             # Its code writes the product in any order, and reads the operands as they lie: copies are part of it.
             seconds += walk_order_seconds(order, (sa, sb, label_strides(wanted, sizes)), sizes, machine)
             taken = _group_strides(x, sx), _group_strides(y, sy)
-            yield Way("multiply", swap, x, y, "", wanted, seconds, taken, calls)
-        elif result != wanted and max(counts) < elements:
+            yield Way("multiply", swap, x, y, "", wanted, seconds, taken, calls, copied=True)
+        elif max(counts) < elements:
             own = ["".join(label for label in order if label in strides) for strides in (sa, sb)]
             seconds += copy_seconds(own[0], sa, sizes, machine) + copy_seconds(own[1], sb, sizes, machine)
             copied = [label_strides(contiguous_layout(tuple(labels), sizes), sizes) for labels in own]

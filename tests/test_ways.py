@@ -115,6 +115,21 @@ def test_products_that_broadcast_where_code_is_generated() -> None:
         assert machine is CPU or way.seconds - along.seconds > 128 * 64 * 64 * INDUCTOR.strided_element / 2
 
 
+def _sums(equation: str, sizes: Mapping[str, int], machine: Machine) -> list[Way]:
+    operands = [laid_out(term, tuple("abcd"), sizes, torch.float32) for term in equation.split("->")[0].split(",")]
+    return [way for way in all_ways(equation, operands, sizes, machine=machine)[0] if way.kind == "multiply and sum"]
+
+
+def test_products_that_are_summed_where_code_is_generated() -> None:
+    # Nothing is written and read between the two.
+    sizes = {"a": 300, "b": 800, "c": 1, "d": 1}
+    (called,), (generated,) = (_sums("ab,ab->a", sizes, machine) for machine in (CPU, INDUCTOR))
+    assert generated.seconds < 0.75 * called.seconds
+    # The result may be the largest tensor, and the product some times as large.
+    assert _sums("ab,bc->ac", {**SMALL, "a": 1000, "b": 3, "c": 1000}, INDUCTOR)
+    assert not _sums("ab,bc->ac", {**SMALL, "a": 1000, "b": 5, "c": 1000}, INDUCTOR)
+
+
 def test_a_product_that_broadcasts_may_lie_as_the_next_sum_wants() -> None:
     sizes = {"a": 30, "b": 3, "c": 4, "d": 5}
     operands = [laid_out(term, tuple("adbc"), sizes) for term in ("adb", "ac")]
@@ -179,8 +194,9 @@ def test_what_is_a_matrix_to_the_library() -> None:
         assert is_matrix(groups, strides, sizes) == expected, (groups, strides)
 
 
+@pytest.mark.parametrize("machine", [CPU, INDUCTOR], ids=["", "generated"])
 @pytest.mark.parametrize("equation", [*EQUATIONS, "abd,bcd->abc"])
-def test_every_way_can_be_differentiated_twice(equation: str) -> None:
+def test_every_way_can_be_differentiated_twice(equation: str, machine: Machine) -> None:
     left, _ = equation.split("->")
     operands = [laid_out(term, tuple("dbac"), SMALL).requires_grad_() for term in left.split(",")]
 
@@ -189,23 +205,24 @@ def test_every_way_can_be_differentiated_twice(equation: str) -> None:
         return [*first, *torch.autograd.grad(sum(gradient.pow(2).sum() for gradient in first), operands)]
 
     expected = derivatives(torch.einsum(equation, *operands))
-    found, layouts = all_ways(equation, operands, SMALL)
+    found, layouts = all_ways(equation, operands, SMALL, machine=machine)
     for way in found:
-        result = run(program_of(way, layouts, SMALL, operands), operands)
+        result = run(program_of(way, layouts, SMALL, operands, machine), operands)
         for gradient, reference in zip(derivatives(result), expected, strict=True):
             torch.testing.assert_close(gradient, reference, rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize("equation", ["ab,bc->ac", "ab,b->a", "dab,dbc->dac", "a,ab->b"])
-def test_lazily_conjugated_and_expanded_operands(equation: str) -> None:
+@pytest.mark.parametrize("machine", [CPU, INDUCTOR], ids=["", "generated"])
+@pytest.mark.parametrize("equation", ["ab,bc->ac", "ab,b->a", "dab,dbc->dac", "a,ab->b", "ab,ac->abc"])
+def test_lazily_conjugated_and_expanded_operands(equation: str, machine: Machine) -> None:
     left, _ = equation.split("->")
     terms = left.split(",")
     for change in (torch.conj, lambda x: x[..., :1].expand(x.shape), lambda x: x[:1].expand(x.shape)):
         operands = [laid_out(term, tuple("abcd"), SMALL, torch.complex128) for term in terms]
         operands[0] = change(operands[0])
-        found, layouts = all_ways(equation, operands, SMALL)
+        found, layouts = all_ways(equation, operands, SMALL, machine=machine)
         for way in found:
-            result = run(program_of(way, layouts, SMALL, operands), operands)
+            result = run(program_of(way, layouts, SMALL, operands, machine), operands)
             own = label_strides(way.result, SMALL)
             output = equation.split("->")[1]
             seen = result.as_strided([SMALL[label] for label in output], [own[label] for label in output])
