@@ -271,10 +271,11 @@ def _product_way(
     batched = batched or bool(batch or loop) or context.dtype is torch.bool
     # Vectors stay vectors for mv and dot, except where those would accumulate in the narrow type.
     vector = not batched and context.dtype not in NARROW and not as_row
-    # Inductor copies what mm and another call take, views of copies above all, as a matrix: it divides the number of
-    # each element by the sizes of the merged dimensions. What bmm takes it copies in loops over them. (``ir_fctn`` with
-    # gradients, Intel Xeon: 190 ms, 420 by mm; ``tt_layer``: 2.4 and 3.4.)
-    batched = batched or (machine.generates and not (vector and not (rows and columns)))
+    if machine.generates and (not vector or (rows and columns)):
+        # Inductor copies what mm and another call take, views of copies above all, as a matrix: it divides the number
+        # of each element by the sizes of the merged dimensions. What bmm takes it copies in loops over them.
+        # (``ir_fctn`` with gradients, Intel Xeon: 190 ms, 420 by mm; ``tt_layer``: 2.4 and 3.4.)
+        batched = True
     naive = batched and m * n * k < machine.small_products
     first = ((rows,) if rows or not vector else ()) + (summed,)
     second = (summed,) + ((columns,) if columns or not vector else ())

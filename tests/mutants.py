@@ -153,8 +153,8 @@ MUTANTS = [
     _one(
         "the order of the output is dropped",
         "kernels.py",
-        "value = self.contiguous(self.arrange(value, _order(wanted, strides, self.sizes)))",
-        "return self.contiguous(self.arrange(value, _order(wanted, strides, self.sizes)))",
+        "value = self.contiguous(self.arrange(value, order_asked_for(wanted, strides, self.sizes)))",
+        "return self.contiguous(self.arrange(value, order_asked_for(wanted, strides, self.sizes)))",
         "pure",
     ),
     _one(

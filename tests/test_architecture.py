@@ -38,6 +38,7 @@ RANKS = {
     "plan": 3,
     "ways": 3,
     "backward": 3.5,
+    "best_ways": 3.7,
     "ambient": 2,
     "layout": 2,
     "surroundings": 2,

@@ -16,14 +16,15 @@ from oracle import loops
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lazy_einsum.backward import arrival_seconds, backward
+from lazy_einsum.best_ways import _copied_products_seconds, choose, finish_seconds
 from lazy_einsum.cost import CPU, INDUCTOR, Machine
-from lazy_einsum.kernels import _choose, _finish_seconds, lower, lower_plan
-from lazy_einsum.layout import Sizes, Strides, contiguous_layout, elementwise_strides
+from lazy_einsum.kernels import lower, lower_plan
+from lazy_einsum.layout import Sizes, Strides, contiguous_layout, elementwise_strides, label_strides
 from lazy_einsum.plan import make_plan
 from lazy_einsum.program import Program, Value, compile_program, operate, run
 from lazy_einsum.signature import TensorType
 from lazy_einsum.spec import EinsumSpec
-from lazy_einsum.ways import Context, after_sums
+from lazy_einsum.ways import Context, after_sums, copy_seconds, walk_order_seconds, ways
 
 
 def parse(row: Row) -> EinsumSpec:
@@ -154,6 +155,29 @@ def test_generated_products_lie_as_the_next_step_takes_them() -> None:
         compile_program(program)(*operands)
     # One copy of the matrices, one that has the product lie in order, none of the product as a matrix.
     assert targets(program)[product:taken].count("contiguous") <= 2 and noted.names.count("clone") <= 3
+
+
+@pytest.mark.parametrize("size", [10, 2])
+def test_copies_of_products_are_priced_as_products_where_code_is_generated(size: int) -> None:
+    sizes = Sizes(a=128, b=10, c=64, d=size, e=10)
+    context = Context(sizes, torch.float32, machine=INDUCTOR)
+    one, two, other = (contiguous_layout(tuple(term), sizes) for term in ("abc", "acd", "edbc"))
+    lie = contiguous_layout(tuple("abcd"), sizes)
+    inner = next(way for way in ways(context, one, two, "abcd", "abcd") if way.result == lie)
+    groups = ("c", "a", "db")
+    way = next(way for way in ways(context, lie, other, "ace", "ace") if way.first == groups)
+    way = way._replace(flips=(False, False))
+    order, strides = "".join(groups), label_strides(lie, sizes)
+    copied = copy_seconds(order, strides, sizes, INDUCTOR)
+    walked = (strides, label_strides(contiguous_layout(groups, sizes), sizes))
+    across = walk_order_seconds(order, walked, sizes, INDUCTOR)
+    # Copies are dearer where rows are short.
+    assert (across > copied) == (size > 2)
+    added = _copied_products_seconds(context, way, (lie, inner), (other, None))
+    assert copied + added == pytest.approx(max(across, copied))
+    # Sums go along memory in any order, and what a matrix product gives is copied.
+    for kind in ("multiply and sum", "product"):
+        assert not _copied_products_seconds(context, way, (lie, inner._replace(kind=kind)), (other, None))
 
 
 def test_a_factor_makes_no_copy_of_a_product() -> None:
@@ -646,7 +670,7 @@ def test_what_is_kept_is_priced_to_the_end(equation: str, size: int) -> None:
     steps = make_plan(spec, [x.shape for x in operands]).steps
     context = Context(sizes, torch.float32, True)
     layouts = [contiguous_layout(tuple(term), sizes) for term in terms]
-    choices = _choose(context, steps, layouts, tuple(output), None, [True] * len(terms), None)
+    choices = choose(context, steps, layouts, tuple(output), None, [True] * len(terms), None)
     assert any(len(kept) > 1 for kept in choices[len(terms) : -1])
     for step, kept in zip(steps, choices[len(terms) :], strict=True):
         for choice in kept:
@@ -660,5 +684,5 @@ def test_what_is_kept_is_priced_to_the_end(equation: str, size: int) -> None:
                 if child.way is not None and gradient is not None:
                     seconds += arrival_seconds(child.way, gradient, sizes)
             if step is steps[-1]:
-                seconds += _finish_seconds(context, choice.way, tuple(output), None, True)
+                seconds += finish_seconds(context, choice.way, tuple(output), None, True)
             assert choice.seconds == pytest.approx(seconds)
